@@ -1,0 +1,1 @@
+"""Patch tokens against channel tokens in a world model for probe guidance."""
