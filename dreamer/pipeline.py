@@ -1,0 +1,254 @@
+"""One notebook through papermill: parameters checked, outputs promised and found.
+
+Papermill alone only warns of an unknown parameter, and calls a run that wrote its figures to the
+wrong place a success. Here both stop the run. `begin` is the first call of every notebook, and
+`figures` is what `make figures` calls: Snakemake behind a lock that dies with its holder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+INJECTED = "# Parameters"  # the first line of the cell that papermill inserts
+OWNER = "DREAMER_PIPELINE"  # the variable by which the processes of one pipeline are known
+
+
+class NotebookError(RuntimeError):
+    """A notebook that was refused, failed or did not keep its promise; the text says which."""
+
+
+def _assigned(source: str) -> set[str]:
+    """Names assigned at the top level of a cell's source; magics and broken cells hold none."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return set()
+    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    return {t.id for t in targets if isinstance(t, ast.Name)}
+
+
+def known_parameters(notebook: str | Path) -> set[str]:
+    """Names that the notebook's one cell tagged `parameters` defines.
+
+    Raises NotebookError when the file is missing, or has no such cell or more than one.
+    """
+    import nbformat
+
+    path = Path(notebook)
+    if not path.is_file():
+        raise NotebookError(f"{path}: no such notebook")
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise NotebookError(f"{path}: {len(tagged)} cells are tagged `parameters`; one is needed")
+    return _assigned(tagged[0].source)
+
+
+def read_parameters(file: str | Path) -> dict[str, Any]:
+    """Parameters from a YAML file, as `papermill -f` reads it; NotebookError if it holds others."""
+    path = Path(file)
+    if not path.is_file():
+        raise NotebookError(f"{path}: no such parameter file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise NotebookError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise NotebookError(f"{path}: must map parameter names to values")
+    return values
+
+
+def preset_parameters(file: str | Path, notebook: str | Path) -> dict[str, Any]:
+    """The part of a preset (one YAML for the whole pipeline) that this notebook takes.
+
+    A name that no notebook beside this one takes is a slip of the pen: NotebookError.
+    """
+    values = read_parameters(file)
+    everywhere = {p: known_parameters(p) for p in sorted(Path(notebook).parent.glob("*.ipynb"))}
+    strangers = set(values) - set().union(*everywhere.values())
+    if strangers:
+        raise NotebookError(f"{file}: no notebook takes {', '.join(sorted(strangers))}")
+    mine = known_parameters(notebook)
+    return {name: value for name, value in values.items() if name in mine}
+
+
+def run_notebook(
+    notebook: str | Path,
+    parameters: Mapping[str, Any],
+    executed: str | Path,
+    outputs: Iterable[str | Path] = (),
+    cwd: str | Path = ".",
+    timeout: float | None = None,
+) -> None:
+    """Run one notebook; return only when it ended well and wrote every promised output.
+
+    `executed` gets the notebook with its results, also when a cell fails. `outputs` and relative
+    paths in `parameters` are relative to `cwd`; `timeout` is in seconds for each cell. Raises
+    NotebookError: unknown parameters before any work, a failing cell by number, or outputs that
+    are missing, empty or untouched by this run.
+    """
+    import papermill
+
+    unknown = set(parameters) - (known := known_parameters(notebook))
+    if unknown:
+        raise NotebookError(
+            f"{notebook}: unknown parameter {', '.join(sorted(unknown))}; "
+            f"it takes {', '.join(sorted(known)) or 'none'}"
+        )
+    promised = [Path(cwd, output) for output in outputs]
+    before = {path: path.stat().st_mtime_ns for path in promised if path.exists()}
+    Path(executed).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(executed), dict(parameters), cwd=str(cwd), kernel_name="python3",
+            progress_bar=False, execution_timeout=timeout,
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise NotebookError(
+            f"{notebook}: cell {error.exec_count} failed: {error.ename}: {error.evalue}; "
+            f"the notebook up to there is {executed}"
+        ) from None
+    except TimeoutError as error:
+        raise NotebookError(f"{notebook}: a cell took over {timeout} s; see {executed}") from error
+    faults = {
+        path: "is missing" if not path.exists()
+        else "is empty" if not path.stat().st_size
+        else "was not written by this run"
+        for path in promised
+        if not path.exists() or not path.stat().st_size
+        or path.stat().st_mtime_ns == before.get(path)
+    }  # fmt: skip
+    if faults:
+        told = "; ".join(f"{path} {fault}" for path, fault in faults.items())
+        raise NotebookError(f"{notebook}: ran to its end, but {told}; see {executed}")
+
+
+def begin() -> None:
+    """First call of a notebook: work from the project's root, refuse unknown parameters.
+
+    In JupyterLab a kernel starts in notebooks/: the working directory becomes the root above it.
+    Where papermill put in parameters, names that no cell before assigns raise NotebookError.
+    """
+    here = Path.cwd()
+    if here.name == "notebooks" and (here.parent / "dreamer" / "pipeline.py").is_file():
+        os.chdir(here.parent)
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    cells: list[str] = list(shell.user_ns.get("In", [])) if shell else []
+    known: set[str] = set()
+    for source in cells:
+        if source.startswith(INJECTED) and (unknown := _assigned(source) - known):
+            raise NotebookError(
+                f"unknown parameter {', '.join(sorted(unknown))}; "
+                f"this notebook takes {', '.join(sorted(known)) or 'none'}"
+            )
+        known |= _assigned(source)
+
+
+def _pipelines(root: Path) -> Iterator[tuple[psutil.Process, bool]]:
+    """Live processes that work on this project's pipeline, and whether `figures` started them."""
+    mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid in mine or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            owned = process.environ().get(OWNER) == str(root)
+            words = [Path(word).name for word in process.cmdline()[:3]]
+            if owned or ("snakemake" in words and Path(process.cwd()) == root):
+                yield process, owned
+
+
+def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
+    """Run the project's Snakefile as the only one in this folder; return its exit status.
+
+    The lock is the kernel's (flock), so it falls with its holder, and Snakemake's own lock, which
+    a SIGKILL leaves behind, is opened only when nothing lives. Steps that outlived a killed
+    pipeline are ended first: two trainings in one run folder would spoil each other.
+    """
+    import fcntl
+
+    root = Path(root).resolve()
+    (root / ".snakemake").mkdir(exist_ok=True)
+    with open(root / ".snakemake" / "figures.lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            print(f"make figures is already running here (process {lock.read().strip()}); "
+                  "this one stops, nothing was touched", file=sys.stderr)  # fmt: skip
+            return 1
+        alive = list(_pipelines(root))
+        if others := [process.pid for process, owned in alive if not owned]:
+            print(f"snakemake is running here (process {others[0]}); this one stops, "
+                  "nothing was touched", file=sys.stderr)  # fmt: skip
+            return 1
+        for process, _ in alive:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        for process in psutil.wait_procs([process for process, _ in alive], timeout=10)[1]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        snakemake = [sys.executable, "-m", "snakemake", "--directory", str(root)]
+        environment = {**os.environ, OWNER: str(root)}
+        if any((root / ".snakemake" / "locks").glob("*")):
+            subprocess.run([*snakemake, "--unlock", "--quiet"], env=environment, cwd=root)
+        child = subprocess.Popen(
+            [*snakemake, "--cores", "all", "--rerun-incomplete", *arguments],
+            env=environment, cwd=root, pass_fds=[lock.fileno()],
+        )  # fmt: skip
+        lock.truncate(0)
+        lock.write(str(child.pid))
+        lock.flush()
+
+        def forward(number: int, _: object) -> None:
+            child.send_signal(number)
+
+        signal.signal(signal.SIGTERM, forward)
+        signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C reaches the child too
+        return child.wait()
+
+
+def main() -> int:
+    """The command line: `run` one notebook, or `figures` (what follows goes to Snakemake)."""
+    if sys.argv[1:2] == ["figures"]:
+        rest = sys.argv[2:]
+        pairs = [word for word in rest if "=" in word and not word.startswith("-")]
+        options = [word for word in rest if word not in pairs]
+        return figures([*options, *(["--config", *pairs] if pairs else [])])
+    parser = argparse.ArgumentParser(prog="python -m dreamer.pipeline", description=__doc__)
+    parser.add_argument("notebook")
+    parser.add_argument("--executed", required=True, help="where the executed notebook goes")
+    parser.add_argument("--output", action="append", default=[], help="a promised file")
+    parser.add_argument("--preset", help="YAML for the whole pipeline: the notebook's part is used")
+    parser.add_argument("-f", action="append", default=[], metavar="YAML", help="parameters")
+    parser.add_argument("-p", action="append", default=[], nargs=2, metavar=("NAME", "YAML"))
+    parser.add_argument("--timeout", type=float, help="seconds for each cell")
+    given = parser.parse_args()
+    try:
+        values = preset_parameters(given.preset, given.notebook) if given.preset else {}
+        for file in given.f:
+            values |= read_parameters(file)
+        values |= {name: yaml.safe_load(text) for name, text in given.p}
+        run_notebook(given.notebook, values, given.executed, given.output, timeout=given.timeout)
+    except NotebookError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
