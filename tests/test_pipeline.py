@@ -60,7 +60,8 @@ def test_outputs_are_promised_and_found(tmp_path, make_notebook):
 
 def test_failing_cell_is_named_and_the_notebook_kept(tmp_path, make_notebook):
     book = make_notebook(tmp_path / "a.ipynb", "x = 1", "print('reached')", "1 / 0")
-    with pytest.raises(NotebookError, match=r"cell 3 failed: ZeroDivisionError: division by zero; .*out\.ipynb"):
+    told = r"cell 3 failed: ZeroDivisionError: division by zero; .*out\.ipynb"
+    with pytest.raises(NotebookError, match=told):
         run_notebook(book, {}, tmp_path / "out.ipynb", cwd=tmp_path)
     assert "reached" in (tmp_path / "out.ipynb").read_text()
 
