@@ -308,32 +308,25 @@ def split_by_patient(
     """
     known = sorted(set(data.patient))
     drawn = list(np.random.default_rng(seed).permutation(known))
-    groups: dict[str, list[str]] = {}
-    for name, wanted in (("test", test), ("val", val)):
-        if not isinstance(wanted, int):
-            groups[name] = list(wanted)
-            if absent := sorted(set(wanted) - set(known)):
-                raise ValueError(f"{name}: no patient {', '.join(absent)} in {data.folder}")
-            drawn = [p for p in drawn if p not in groups[name]]
+    named = {name: list(w) for name, w in (("test", test), ("val", val)) if not isinstance(w, int)}
+    for name, group in named.items():
+        if absent := sorted(set(group) - set(known)):
+            raise ValueError(f"{name}: no patient {', '.join(absent)} in {data.folder}")
+        drawn = [patient for patient in drawn if patient not in group]
+    groups = dict(named)
     for name, wanted in (("test", test), ("val", val)):
         if isinstance(wanted, int):
             groups[name], drawn = drawn[:wanted], drawn[wanted:]
-            if len(groups[name]) < max(wanted, 1):
-                raise ValueError(
-                    f"{name}: {wanted} patients asked for, of {len(known)} in {data.folder}; "
-                    "ask for fewer, at least one, or use split: blocks"
-                )
     if both := sorted(set(groups["val"]) & set(groups["test"])):
         raise ValueError(f"patient {', '.join(both)} is in both validation and test")
-    if not drawn:
-        raise ValueError(f"no patient left to train on: {data.folder} has {len(known)}")
-    parts = [np.flatnonzero(np.isin(data.patient, g)) for g in (drawn, *map(groups.get, SPLITS))]
-    if any(len(part) == 0 for part in parts):
-        raise ValueError("training, validation and test need at least one patient each")
+    groups["train"] = drawn
+    if empty := [name for name, group in groups.items() if not group]:
+        raise ValueError(
+            f"{data.folder} has {len(known)} patients, and none is left for {', '.join(empty)}; "
+            "ask for fewer to validate and test, at least one each, or use split: blocks"
+        )
+    parts = [np.flatnonzero(np.isin(data.patient, groups[n])) for n in ("train", "val", "test")]
     return Split(*parts, kind="patient")
-
-
-SPLITS = ("val", "test")
 
 
 def split_by_blocks(data: Transitions, blocks: int = 12, gap: int = 5) -> Split:
@@ -351,8 +344,9 @@ def split_by_blocks(data: Transitions, blocks: int = 12, gap: int = 5) -> Split:
             parts[deal[number % len(deal)]] += list(block[gap if number else 0 : stop])
     if blocks < 4 or not all(parts.values()):
         raise ValueError(
-            f"{blocks} blocks with a gap of {gap} leave {', '.join(f'{k} {len(v)}' for k, v in parts.items())} "
-            f"transitions of {len(data)}; at least 4 blocks, and a smaller gap, are needed"
+            f"{blocks} blocks with a gap of {gap} leave "
+            + ", ".join(f"{name} {len(part)}" for name, part in parts.items())
+            + f" of {len(data)} transitions; at least 4 blocks, or a smaller gap, are needed"
         )
     return Split(*(np.array(parts[name]) for name in ("train", "val", "test")), kind="blocks")
 
@@ -418,9 +412,10 @@ class TransitionsModule(pl.LightningDataModule):
         self.identity, self.seed = identity, seed
 
     def _loader(self, indices: NDArray, identity: NDArray, whole: bool) -> DataLoader:
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         if self.batch_size % world:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of {world} processes")
+            raise ValueError(f"batch_size {self.batch_size}: not a multiple of {world} processes")
         stop = len(indices) if whole else len(indices) // self.batch_size * self.batch_size
         starts = range(0, stop, self.batch_size)
         cut = [slice(s + rank, min(s + self.batch_size, stop), world) for s in starts]
