@@ -1,0 +1,7 @@
+"""Virtual patients with a beating heart, a tracked probe and known anatomy."""
+
+from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS, Patient
+from dreamer.phantom.generate import generate
+from dreamer.phantom.render import Frames, render
+
+__all__ = ["LABEL", "STRUCTURES", "TARGETS", "Frames", "Patient", "generate", "render"]

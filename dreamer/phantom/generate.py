@@ -1,0 +1,185 @@
+"""Write a folder of virtual patients in the transitions layout, with the truth beside it.
+
+<folder>/phantom.json               the arguments, structure names, format version
+<folder>/patient_0007/transitions_dataset.json, ft1/*.png, ft2/*.png     as published, and
+                     /truth.npz     labels, occupancy, frames, pose, phase of every frame
+A patient's folder appears whole or not at all, and its bytes depend on the arguments alone.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dreamer.phantom import trajectories
+from dreamer.phantom.anatomy import STRUCTURES, Patient
+from dreamer.phantom.render import check, render, sector
+
+FORMAT = 1
+SCRAP = (".partial", ".tmp")  # endings of what an interrupted run leaves
+
+
+def generate(
+    folder: str | Path,
+    patients: int,
+    frames: int,
+    target: str = "a4c",
+    size: int = 112,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Write `patients` virtual patients with `frames` transitions each; returns the folder.
+
+    Half of each patient's transitions are a search for the plane `target`, half independent pairs
+    (`"motion"` in each record). Pictures are `size` x `size`. `device`: CUDA where there is one, if
+    None; bytes are the same for the same arguments on one kind of device, whatever `threads` is. A
+    folder begun with the same arguments is finished. Raises ValueError for bad arguments and for a
+    folder that holds anything else or was begun with others.
+    """
+    arguments = {"patients": patients, "frames": frames, "target": target, "size": size, "seed": seed}
+    for name, least in (("patients", 1), ("frames", 1), ("seed", 0)):
+        value = arguments[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1; got {threads!r}")
+    check(target, size)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    threads = threads or (min(os.cpu_count() or 1, 16) if device.type == "cpu" else 2)
+    folder = Path(folder)
+    todo = _begin(folder, arguments)
+    sector(size, str(device))  # made once, before the threads ask for it
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # one patient a thread: sums are formed in one order
+    try:
+        with (
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            tqdm(total=patients, initial=patients - len(todo), desc="phantom", unit="patient") as bar,
+        ):
+            jobs = {pool.submit(_patient, folder, n, arguments, device) for n in todo}
+            try:
+                while jobs:
+                    done, jobs = wait(jobs, return_when=FIRST_EXCEPTION, timeout=0.5)
+                    for job in done:
+                        job.result()
+                    bar.update(len(done))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(before)
+    return folder
+
+
+def _name(number: int) -> str:
+    return f"patient_{number:04d}"
+
+
+def _begin(folder: Path, arguments: dict) -> list[int]:
+    """Claim the folder, or find in it what an interrupted run left to do. Returns the numbers."""
+    told = {"format": FORMAT, "arguments": arguments, "structures": list(STRUCTURES)}
+    names = {_name(n) for n in range(arguments["patients"])}
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give another folder")
+    card = folder / "phantom.json"
+    present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    scrap = [n for n in present if n.startswith(".") and n.endswith(SCRAP)]
+    other = [n for n in present if n not in names and n not in scrap and n != card.name]
+    if card.exists():
+        try:
+            found = json.loads(card.read_text(encoding="utf-8"))
+            found = {key: found[key] for key in told}
+            differ = [k for k in arguments if found["arguments"].get(k) != arguments[k]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{card} is no phantom's card; give another folder") from None
+        if found != told:
+            given = ", ".join(f"{k} {found['arguments'].get(k)}" for k in differ) or "format"
+            raise ValueError(
+                f"{folder} was made with other arguments ({given}); delete it or use a new folder"
+            )
+    if other or (present and not card.exists() and len(present) > len(scrap)):
+        what = (other or present)[0]
+        raise ValueError(f"{folder} holds something else ({what}); give an empty or new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in scrap:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not card.exists():
+        scratch = folder / ".phantom.json.tmp"
+        scratch.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, card)
+    return [n for n in range(arguments["patients"]) if _name(n) not in present]
+
+
+def _patient(folder: Path, number: int, arguments: dict, device: torch.device) -> None:
+    """Render one patient and write it, whole or not at all."""
+    seeds = [arguments["seed"], number]
+    plan = trajectories.plan([*seeds, 1], arguments["frames"])
+    frames = render(
+        Patient(seeds),
+        torch.from_numpy(plan.pose),
+        torch.from_numpy(plan.phase),
+        target=arguments["target"],
+        size=arguments["size"],
+        device=device,
+    )
+    names = [f"frames_{number:04d}_{n:04d}" for n in plan.number]
+    scratch = folder / f".{_name(number)}.partial"
+    for part in ("ft1", "ft2"):
+        (scratch / part).mkdir(parents=True)
+    pictures = [_png(picture) for picture in frames.image.cpu().numpy()]
+    records = []
+    for (first, second), motion in zip(plan.pairs.tolist(), plan.motion, strict=True):
+        paths = f"ft1/{names[first]}.png", f"ft2/{names[second]}.png"
+        (scratch / paths[0]).write_bytes(pictures[first])
+        (scratch / paths[1]).write_bytes(pictures[second])
+        start, end = plan.pose[first], plan.pose[second]
+        records.append(
+            {
+                "frame_t1": names[first],
+                "frame_t2": names[second],
+                "ft1_image_path": paths[0],
+                "ft2_image_path": paths[1],
+                "at1_6dof": start.tolist(),
+                "action_change_6dof": (end - start).round(6).tolist(),
+                "at2_6dof": end.tolist(),
+                "motion": motion,
+            }
+        )
+    truth = {
+        "labels": frames.label.cpu().numpy(),
+        "occupancy": frames.occupancy.cpu().numpy().astype(np.float16),
+        "frames": np.array(names),
+        "pose": plan.pose,
+        "phase": plan.phase,
+    }
+    _write_arrays(scratch / "truth.npz", truth)
+    text = json.dumps(records, indent=1) + "\n"
+    (scratch / "transitions_dataset.json").write_text(text, encoding="utf-8")
+    os.replace(scratch, folder / _name(number))
+
+
+def _png(picture: np.ndarray) -> bytes:
+    stream = BytesIO()
+    Image.fromarray(picture).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An npz without time stamps, so that equal arrays are equal bytes; read it with np.load."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            stream = BytesIO()
+            np.lib.format.write_array(stream, array, allow_pickle=False)
+            archive.writestr(entry, stream.getvalue(), compresslevel=1)
