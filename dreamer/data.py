@@ -134,7 +134,7 @@ class Transitions(Dataset):
 
     Attributes, N transitions over M distinct frames: `pose1`, `action` (the motion P1^-1 P2),
     `pose2` float32 [N, 6] in mm and degrees; `rows` [N, 2] into `frames` uint8 [M, S, S] (memory-
-    mapped); `scan`, `patient`, `motion` [N] texts. `image_size` S: the frames' own if None.
+    mapped); `scan`, `patient`, `motion` [N] and `frame` [N, 2] texts; `digest` of the pictures. `image_size` S: the frames' own if None.
     `patients` maps scan -> patient; without it each scan counts as one person. Raises DataError
     with every problem found, FileNotFoundError without a folder, OSError with too little disk.
     """
@@ -171,7 +171,7 @@ class Transitions(Dataset):
             for record in records:
                 kept.append((scan.name, record))
                 paths += [_image_path(scan, record[field], problems) for field in IMAGES]
-        rows, self.frames = _frames(self.folder, paths, image_size, cache, problems)
+        rows, self.frames, self.digest = _frames(self.folder, paths, image_size, cache, problems)
 
         both = torch.from_numpy(np.concatenate(vectors))
         self.rows = rows.reshape(-1, 2)
@@ -190,14 +190,13 @@ class Transitions(Dataset):
         return torch.from_numpy(self.frames[rows])[:, None]
 
     def singles(self, indices: NDArray[np.int64]) -> tuple[NDArray, Tensor, NDArray]:
-        """The distinct frames among transitions: rows [K], poses [K, 6], patients [K]."""
+        """The distinct frames among transitions: rows [K], poses [K, 6], a transition of each."""
         seen: dict[tuple, tuple] = {}
         for i in indices:
             for side, pose in enumerate((self.pose1[i], self.pose2[i])):
-                key = (self.scan[i], self.frame[i, side])
-                seen.setdefault(key, (self.rows[i, side], pose, self.patient[i]))
-        rows, pose, patient = zip(*seen.values(), strict=True)
-        return np.array(rows), torch.stack(pose), np.array(patient)
+                seen.setdefault((self.scan[i], self.frame[i, side]), (self.rows[i, side], pose, i))
+        rows, pose, origin = zip(*seen.values(), strict=True)
+        return np.array(rows), torch.stack(pose), np.array(origin)
 
     def batch(self, indices: NDArray[np.int64], identity: NDArray[np.bool_] | None = None) -> Batch:
         """Transitions as a `Batch`; where `identity`, the second frame is the first, action 0."""
@@ -223,8 +222,8 @@ def _frames(
     size: int | None,
     cache: str | Path | None,
     problems: list[str],
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Row of each path and all distinct frames, decoded once per content of the folder.
+) -> tuple[NDArray[np.int64], NDArray[np.uint8], str]:
+    """Row of each path, all distinct frames and a digest of them, decoded once per content of the folder.
 
     The cache file's name carries a digest of the pictures, so a changed folder is decoded anew and
     its earlier cache goes. Equal pictures (frame 2 of a record, frame 1 of the next) are one row.
@@ -251,7 +250,7 @@ def _frames(
             if old != file:
                 old.unlink(missing_ok=True)
     rows = np.array([order[digests[path]] for path in paths])
-    return rows, np.load(file, mmap_mode="r")
+    return rows, np.load(file, mmap_mode="r"), content
 
 
 def _decode(paths: list[Path], size: int | None, problems: list[str]) -> NDArray[np.uint8]:
@@ -329,24 +328,24 @@ def split_by_patient(
     return Split(*parts, kind="patient")
 
 
-def split_by_blocks(data: Transitions, blocks: int = 12, gap: int = 5) -> Split:
-    """Each scan cut in time into `blocks`, dealt out so that a sixth validates and a third tests.
+def split_by_blocks(data: Transitions, blocks: int = 12, gap: int = 3) -> Split:
+    """Each scan cut in time into `blocks`, of every six one to validate and one to test.
 
     `gap` records are dropped on either side of every cut, so that near-copies do not straddle it.
     For a single scan only: what it measures is interpolation. Raises ValueError if nothing is left.
     """
-    deal = ("train", "test", "train", "val", "train", "test")
+    deal = ("train", "test", "train", "train", "val", "train")
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for scan in dict.fromkeys(data.scan):
         own = np.flatnonzero(data.scan == scan)
         for number, block in enumerate(np.array_split(own, blocks)):
             stop = len(block) if number == blocks - 1 else len(block) - gap
             parts[deal[number % len(deal)]] += list(block[gap if number else 0 : stop])
-    if blocks < 4 or not all(parts.values()):
+    if blocks < 6 or not all(parts.values()):
         raise ValueError(
             f"{blocks} blocks with a gap of {gap} leave "
             + ", ".join(f"{name} {len(part)}" for name, part in parts.items())
-            + f" of {len(data)} transitions; at least 4 blocks, or a smaller gap, are needed"
+            + f" of {len(data)} transitions; at least 6 blocks, or a smaller gap, are needed"
         )
     return Split(*(np.array(parts[name]) for name in ("train", "val", "test")), kind="blocks")
 

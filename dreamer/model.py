@@ -32,6 +32,7 @@ TOKENS = {"patch": PatchTokens, "channel": ChannelTokens}
 class ModelConfig(BaseModel):
     """Architecture. Unknown fields and values out of range are refused (pydantic.ValidationError).
 
+    `token_type` none is the "direct" control: no transformer, the frame's own map is pooled.
     `weights`: "none", "imagenet" (ResNet34 only, downloaded by torchvision) or a file with a
     ResNet34 state dict (.safetensors, or .pt/.pth read with weights_only). `freeze`: how many
     backbone stages, stem first, keep their weights. `image_size`: pixels, a square.
@@ -39,7 +40,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    token_type: Literal["patch", "channel"] = "patch"
+    token_type: Literal["patch", "channel", "none"] = "patch"
     d_model: int = Field(768, ge=2)
     num_heads: int = Field(12, ge=1)
     num_layers: int = Field(6, ge=1)
@@ -280,7 +281,7 @@ class CardiacDreamer(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
-        self.world = WorldModel(config)
+        self.world = None if config.token_type == "none" else WorldModel(config)
         self.head = GuidanceHead(config)
         for name, value in (statistics or Statistics.identity())._asdict().items():
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
@@ -296,7 +297,11 @@ class CardiacDreamer(nn.Module):
         """Feature maps [B, C, h, w] and actions [B, 6] -> `Dream`: all but the backbone."""
         if tuple(action.shape) != (len(features), 6):
             raise ValueError(f"expected actions [{len(features)}, 6], got {list(action.shape)}")
-        reconstruction, next_features = self.world(features, action / self.action_std)
+        reconstruction, next_features = (
+            (features, features)
+            if self.world is None
+            else self.world(features, action / self.action_std)
+        )
         pooled = next_features.mean(dim=(2, 3))  # [B, C]
         return Dream(features, reconstruction, next_features, pooled, self.guide(pooled))
 

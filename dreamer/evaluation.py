@@ -1,0 +1,149 @@
+"""How far off: predictions per frame, errors with units and intervals, and their controls.
+
+All accuracy tables report the *single-frame prediction*, the pose imagined under the zero action.
+mm and degrees stay apart. Intervals come from resampling whole patients (cluster bootstrap:
+Davison & Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8), since frames of
+one person are not independent of each other.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from dreamer import poses
+from dreamer.data import Split, Transitions
+from dreamer.model import CardiacDreamer
+
+TRUE = [f"true_{axis}" for axis in poses.AXES]
+PREDICTED = [f"predicted_{axis}" for axis in poses.AXES]
+UNITS = dict(zip(poses.AXES, poses.UNITS, strict=True)) | {"translation": "mm", "rotation": "deg"}
+
+
+def _frames(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
+    rows, pose, origin = data.singles(indices)
+    group = data.patient[origin]
+    if split.kind == "blocks":  # one person: what is least dependent is a stretch of time
+        starts = indices[np.diff(indices, prepend=indices[0] - 2) > 1]
+        block = np.searchsorted(starts, origin, side="right")
+        group = np.array([f"{g} block {b}" for g, b in zip(group, block, strict=True)])
+    table = pd.DataFrame({"group": group, "row": rows})
+    table[TRUE] = pose.numpy()
+    return table
+
+
+def predict(
+    model: CardiacDreamer, data: Transitions, indices: NDArray[np.int64], split: Split
+) -> pd.DataFrame:
+    """Single-frame predictions for the distinct frames of the transitions `indices`.
+
+    One row a frame: `group` (the patient, or the block of time in a one-scan split), `row` in
+    `data.frames`, true_* and predicted_* poses in mm and degrees.
+    """
+    table = _frames(data, indices, split)
+    device, found = model.pose_mean.device, []
+    with torch.no_grad():
+        for rows in np.split(table["row"].to_numpy(), range(64, len(table), 64)):
+            image = data.images(rows).to(device).float() / 255
+            found.append(model(image, torch.zeros(len(rows), 6, device=device)).pose.cpu())
+    table[PREDICTED] = torch.cat(found).numpy()
+    return table
+
+
+def predict_constant(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
+    """The mean pose of the training part, said of every frame; a table as `predict` gives it."""
+    table = _frames(data, indices, split)
+    table[PREDICTED] = data.singles(split.train)[1].mean(0).numpy()
+    return table
+
+
+def errors(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Absolute errors per frame: the six axes, `translation` (mm), `rotation` (geodesic, deg)."""
+    predicted, true = (torch.from_numpy(predictions[c].to_numpy()) for c in (PREDICTED, TRUE))
+    error = poses.errors(predicted, true)
+    table = pd.DataFrame(error.axes.numpy(), columns=list(poses.AXES))
+    return table.assign(
+        group=predictions["group"].to_numpy(),
+        translation=error.translation.numpy(),
+        rotation=error.rotation.numpy(),
+    )
+
+
+def bootstrap(
+    values: ArrayLike, groups: ArrayLike, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of `values` [N] over all frames, and its percentile interval over resampled `groups`.
+
+    Returns (mean, low, high). With a single group nothing can be resampled: the interval is NaN.
+    Raises ValueError on values that are not finite, or lengths that differ.
+    """
+    values, groups = np.asarray(values, dtype=float), np.asarray(groups)
+    if values.shape != groups.shape or values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(f"finite values [N] and groups [N] are needed, got {values.shape}")
+    _, owner = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(owner, values), np.bincount(owner)
+    if len(counts) < 2:
+        return float(values.mean()), np.nan, np.nan
+    picks = np.random.default_rng(seed).integers(len(counts), size=(draws, len(counts)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+def accuracy(predictions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Mean absolute errors of several predictors on the same frames, one row per figure.
+
+    `predictions` maps a name (patch, channel, direct, constant) to a table of `predict`. Columns:
+    predictor, measure, unit, error, low, high (95%, over groups), ratio (to `constant`, where it is
+    there), frames, groups. Raises ValueError where the frames differ.
+    """
+    reference = next(iter(predictions.values()))
+    rows = []
+    for name, table in predictions.items():
+        if not np.array_equal(table[["row", *TRUE]], reference[["row", *TRUE]]):
+            raise ValueError(f"{name}: predictions are of other frames than the first table's")
+        error = errors(table)
+        for measure, unit in UNITS.items():
+            value, low, high = bootstrap(error[measure], error["group"])
+            rows.append((name, measure, unit, value, low, high, len(table), error.group.nunique()))
+    columns = ["predictor", "measure", "unit", "error", "low", "high", "frames", "groups"]
+    result = pd.DataFrame(rows, columns=columns)
+    if "constant" in predictions:
+        base = result[result.predictor == "constant"].set_index("measure")["error"]
+        result.insert(6, "ratio", result["error"] / result["measure"].map(base))
+    return result
+
+
+def difference(
+    first: pd.DataFrame, second: pd.DataFrame, measure: str, margin: float, level: float = 0.95
+) -> dict[str, float | str]:
+    """Paired difference second - first of a mean error, and whether the two are equivalent.
+
+    `first`, `second`: tables of `errors` on the same frames. A patient's frames are averaged, then
+    patients are compared by a paired t interval. Equivalent (two one-sided tests, Schuirmann 1987):
+    the 1 - 2 alpha interval lies inside +-`margin`, in the measure's unit. Returns estimate, low,
+    high (at `level`), and verdict: equivalent, first better, second better or not shown.
+    """
+    if not np.array_equal(first["group"], second["group"]):
+        raise ValueError("the two tables are of different frames")
+    gap = (second[measure] - first[measure]).groupby(first["group"]).mean()
+    if len(gap) < 2:
+        return {
+            "estimate": float(gap.mean()),
+            "low": np.nan,
+            "high": np.nan,
+            "verdict": "not shown",
+        }
+    mean, error = gap.mean(), stats.sem(gap)
+    wide = stats.t.ppf((1 + level) / 2, len(gap) - 1) * error
+    narrow = stats.t.ppf(level, len(gap) - 1) * error
+    if abs(mean) + narrow < margin:
+        verdict = "equivalent"
+    elif abs(mean) > wide:
+        verdict = "first better" if mean > 0 else "second better"
+    else:
+        verdict = "not shown"
+    return {"estimate": mean, "low": mean - wide, "high": mean + wide, "verdict": verdict}

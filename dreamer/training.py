@@ -1,0 +1,469 @@
+"""Training of one variant: losses, PyTorch Lightning module, a run's folder, resuming.
+
+Loss of the published system: SmoothL1(composed pose 1, pose 1) + lambda SmoothL1(imagined pose 2,
+pose 2) in units of the poses' spread, where the composed pose 1 is the imagined pose 2 undone by
+the action. For a world model that imagines pictures, not only poses, two terms join: the distance
+of `next_features` to the (fixed) feature map of frame 2, and of `reconstruction` to that of
+frame 1, each relative to the variance of the map it is compared with.
+
+A run's folder holds config.json, split.json, versions.json, metrics.csv (one row per epoch),
+model.safetensors (best on validation) and last.ckpt (to resume from).
+"""
+
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dreamer import poses
+from dreamer.data import (
+    Batch,
+    Split,
+    Transitions,
+    TransitionsModule,
+    split_by_blocks,
+    split_by_patient,
+    statistics,
+)
+from dreamer.model import CardiacDreamer, Dream, ModelConfig
+
+log = logging.getLogger(__name__)
+
+TERMS = ("composed", "imagined", "feature", "reconstruction")
+VERSIONED = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy", "roma")
+
+
+class TrainingConfig(BaseModel):
+    """How a run is trained and split. Unknown fields and values out of range are refused.
+
+    `composed`, `imagined`, `feature`, `reconstruction`: the loss weights. `identity`: share of
+    training pairs that become "no motion". `split`: patient, blocks (one scan, in time) or auto
+    (patient where there are three). `val`, `test`: patients, a number or names. `patience`: epochs
+    without a better validation loss before stopping; 0 never stops. `precision`: bf16 needs a
+    machine that has it; auto takes it where it does. `steps_per_epoch`: 0 takes all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(30, ge=1)
+    steps_per_epoch: int = Field(0, ge=0)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
+    composed: float = Field(1.0, ge=0)
+    imagined: float = Field(1.0, ge=0)
+    feature: float = Field(0.1, ge=0)
+    reconstruction: float = Field(0.1, ge=0)
+    beta: float = Field(1.0, gt=0)
+    identity: float = Field(0.5, ge=0, le=1)
+    patience: int = Field(0, ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    split: Literal["auto", "patient", "blocks"] = "auto"
+    val: int | list[str] = 12
+    test: int | list[str] = 24
+    blocks: int = Field(12, ge=6)
+    gap: int = Field(3, ge=0)
+    seed: int = Field(0, ge=0)
+    devices: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _learns(self):
+        if self.composed + self.imagined == 0:
+            raise ValueError("composed and imagined are both 0: nothing would train the guidance")
+        return self
+
+
+def configure(
+    token_type: str, model: Mapping[str, Any], training: Mapping[str, Any], seed: int | None = None
+) -> tuple[ModelConfig, TrainingConfig]:
+    """Both configurations from a notebook's parameters, flat ones and sections.
+
+    An empty `token_type` and a `seed` of None leave the word to the sections. Raises ValueError
+    where a flat parameter and its section disagree, or a field is unknown or out of range.
+    """
+    model, training = dict(model), dict(training)
+    flat = (("token_type", token_type or None, model), ("seed", seed, training))
+    for name, value, section in flat:
+        if value is not None and section.setdefault(name, value) != value:
+            raise ValueError(
+                f"{name} is {value!r} as a parameter and {section[name]!r} in its section; "
+                "give it once, or the same twice"
+            )
+    return ModelConfig(**model), TrainingConfig(**training)
+
+
+def make_split(data: Transitions, config: TrainingConfig) -> Split:
+    """The split that `config` asks for; with `auto`, by patient where there are at least three."""
+    by_patient = config.split == "patient"
+    if config.split == "auto":
+        by_patient = len(set(data.patient)) >= 3
+        log.warning("split: %s", "by patient" if by_patient else "blocks within one scan")
+    if by_patient:
+        return split_by_patient(data, config.val, config.test, seed=0)
+    return split_by_blocks(data, config.blocks, config.gap)
+
+
+def has_bf16() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def _smooth(predicted: Tensor, true: Tensor, spread: Tensor, beta: float) -> Tensor:
+    gap = predicted - true
+    gap = torch.cat((gap[:, :3], poses.wrap(gap[:, 3:])), dim=1) / spread
+    return F.smooth_l1_loss(gap, torch.zeros_like(gap), beta=beta)
+
+
+def _relative(predicted: Tensor, target: Tensor) -> Tensor:
+    """Squared error of a map over the target's variance across the batch: 1 is a constant guess."""
+    spread = target.var(dim=(0, 2, 3), keepdim=True).mean().clamp_min(1e-6)
+    return F.mse_loss(predicted, target) / spread
+
+
+def losses(
+    dream: Dream, batch: Batch, target: Tensor | None, spread: Tensor, config: TrainingConfig
+) -> dict[str, Tensor]:
+    """The loss terms, unweighted: composed, imagined; with a `target` map feature, reconstruction.
+
+    Poses are composed in float32 whatever the precision of the networks.
+    """
+    with torch.autocast(dream.pose.device.type, enabled=False):
+        composed = poses.compose(dream.pose, poses.inverse(batch.action))
+        terms = {
+            "composed": _smooth(composed, batch.pose1, spread, config.beta),
+            "imagined": _smooth(dream.pose, batch.pose2, spread, config.beta),
+        }
+        if target is not None:
+            terms["feature"] = _relative(dream.next_features.float(), target.float())
+            terms["reconstruction"] = _relative(
+                dream.reconstruction.float(), dream.features.detach().float()
+            )
+    return terms
+
+
+class LitDreamer(pl.LightningModule):
+    """A `CardiacDreamer` with its losses, optimiser and per-epoch metrics.
+
+    Dropout depends on (seed, step, process) alone, so that a resumed run repeats an undisturbed
+    one. Raises FloatingPointError, with the step, where a loss is not finite.
+    """
+
+    def __init__(self, model: CardiacDreamer, config: TrainingConfig):
+        super().__init__()
+        self.model, self.config = model, config
+        self.validation: dict[str, float] = {}
+
+    def _terms(self, batch: Batch) -> tuple[Dream, dict[str, Tensor]]:
+        config = self.config
+        dream = self.model(batch.image1.float() / 255, batch.action)
+        target = None
+        if self.model.world is not None and config.feature + config.reconstruction > 0:
+            with torch.no_grad():
+                target = self.model.encode(batch.image2.float() / 255)
+        return dream, losses(dream, batch, target, self.model.pose_std, config)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        rank = self.trainer.global_rank
+        draw = np.random.SeedSequence((self.config.seed, self.global_step, rank))
+        torch.manual_seed(int(draw.generate_state(1)[0]))
+
+    def on_train_epoch_start(self) -> None:
+        self._train = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        _, terms = self._terms(batch)
+        total = sum(getattr(self.config, name) * term for name, term in terms.items())
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"step {self.global_step} (epoch {self.current_epoch}): the loss is not finite "
+                f"({', '.join(f'{n} {t:.3g}' for n, t in terms.items())}); lower learning_rate"
+            )
+        self._train.append(torch.stack((total.detach(), *(t.detach() for t in terms.values()))))
+        self.log("loss", total.detach(), prog_bar=True, logger=False)
+        return total
+
+    def on_validation_epoch_start(self) -> None:
+        self._val = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if len(batch.action) == 0:  # fewer transitions than processes in the last batch
+            return
+        dream, terms = self._terms(batch)
+        pose = sum(getattr(self.config, name) * terms[name] for name in ("composed", "imagined"))
+        still = (batch.action == 0).all(dim=1)
+        error = poses.errors(dream.pose[still].float(), batch.pose2[still])
+        single = torch.cat((error.translation[:, None], error.rotation[:, None], error.axes), 1)
+        means = torch.stack((pose, *terms.values())) * len(still)
+        self._val.append((len(still), means.double(), int(still.sum()), single.sum(0)))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return
+        sums = [sum(column) for column in zip(*self._val, strict=True)]
+        flat = torch.cat(
+            [torch.as_tensor(s, device=self.device).double().reshape(-1) for s in sums]
+        )
+        flat = self.trainer.strategy.reduce(flat, reduce_op="sum")
+        terms = len(sums[1])
+        means, singles = flat[1 : 1 + terms] / flat[0], flat[2 + terms :] / flat[1 + terms]
+        names = ["val_loss", *(f"val_{n}" for n in TERMS[: terms - 1])]
+        names += ["val_translation_mm", "val_rotation_deg"]
+        names += [f"val_{a}_{u}" for a, u in zip(poses.AXES, poses.UNITS, strict=True)]
+        self.validation = dict(zip(names, torch.cat((means, singles)).tolist(), strict=True))
+
+    def epoch_row(self) -> dict[str, float]:
+        """The finished epoch's metrics, training then validation, over all processes."""
+        means = torch.stack(self._train).double().mean(0)
+        means = self.trainer.strategy.reduce(means, reduce_op="mean").tolist()
+        names = ["train_loss", *(f"train_{n}" for n in TERMS[: len(means) - 1])]
+        return dict(zip(names, means, strict=True)) | self.validation
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config = self.config
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        if config.schedule == "one-cycle":
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, config.learning_rate, total_steps=steps, cycle_momentum=False
+            )
+        elif config.schedule == "cosine":
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        else:
+            schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside its place first, then moved there."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints, but a kill while one is written leaves the one before."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_whole(Path(path), content.getvalue())
+
+
+class _Record(pl.Callback):
+    """After each epoch: a row of metrics.csv, the best weights, the state to resume from."""
+
+    def __init__(self, folder: Path, on_epoch: Callable[[pd.DataFrame], None] | None):
+        self.folder, self.on_epoch = folder, on_epoch
+        self.rows: list[dict[str, float]] = []
+        self.best, self.stale, self.waited, self.spent = float("inf"), 0, 0.0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("rows", "best", "stale", "spent")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        self.start = self.since = time.perf_counter()
+        self.waited = 0.0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.waited += time.perf_counter() - self.since
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.since = time.perf_counter()
+        self.trained = self.since - self.start
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        seconds = time.perf_counter() - self.start
+        self.spent += seconds
+        images = trainer.global_step * module.config.batch_size
+        row = module.epoch_row()
+        self.rows.append(
+            {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "images": images}
+            | row
+            | {"seconds": self.spent, "waiting_share": self.waited / self.trained}
+        )
+        better = row["val_loss"] < self.best
+        self.best, self.stale = (row["val_loss"], 0) if better else (self.best, self.stale + 1)
+        if module.config.patience and self.stale >= module.config.patience:
+            trainer.should_stop = True
+        if trainer.is_global_zero:
+            table = pd.DataFrame(self.rows)
+            if better:
+                weights = {k: v.cpu().contiguous() for k, v in module.model.state_dict().items()}
+                write_whole(self.folder / "model.safetensors", save(weights))
+            write_whole(self.folder / "metrics.csv", table.to_csv(index=False).encode())
+            log.info("epoch %d: %s", len(table), {k: round(v, 4) for k, v in row.items()})
+            if self.on_epoch is not None:
+                self.on_epoch(table)
+        trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
+
+
+def versions() -> dict[str, str]:
+    """What a measurement was made with: packages, Python, machine, device, commit, date."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    return {name: importlib.metadata.version(name) for name in VERSIONED} | {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _claim(folder: Path, config: dict[str, Any]) -> None:
+    """Make the run's folder, or check that the one there is of the same configuration."""
+    file = folder / "config.json"
+    if file.is_file():
+        there = json.loads(file.read_text())
+        differing = [
+            f"{part}.{key}: {there.get(part, {}).get(key)!r} there, {value!r} here"
+            for part in config
+            for key, value in config[part].items()
+            if there.get(part, {}).get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{file}: this run belongs to another configuration ({'; '.join(differing)}); "
+                "choose another run folder, or remove this one"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: holds something else than a run; choose another run folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def fit(
+    model: ModelConfig,
+    training: TrainingConfig,
+    data: Transitions,
+    folder: str | Path,
+    on_epoch: Callable[[pd.DataFrame], None] | None = None,
+) -> pd.DataFrame:
+    """Train one run in `folder`, or go on with it where it stopped; returns its metrics by epoch.
+
+    `on_epoch` is called with the table so far after every epoch. Raises ValueError if the folder
+    belongs to another configuration, OSError with too little disk, FloatingPointError on a loss
+    that is not finite (what was reached before is kept).
+    """
+    folder = Path(folder)
+    if training.precision == "bf16" and not has_bf16():
+        raise ValueError("training.precision: this machine has no bf16; use fp32 or auto")
+    if data.frames.shape[-1] != model.image_size:
+        raise ValueError(
+            f"the data's frames have {data.frames.shape[-1]} px, model.image_size is "
+            f"{model.image_size}; read them with Transitions(..., image_size={model.image_size})"
+        )
+    split = make_split(data, training)
+    config = {
+        "model": model.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        "data": {"folder": data.folder.name, "transitions": len(data), "digest": data.digest},
+    }
+    _claim(folder, config)
+
+    pl.seed_everything(training.seed, verbose=False)
+    net = CardiacDreamer(model, statistics(data, split.train))
+    needed = 6 * sum(p.nbytes for p in net.parameters()) + 2**20
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed")
+    parts = {name: sorted(set(data.patient[getattr(split, name)])) for name in split._fields[:3]}
+    for name, content in (
+        ("split", {"kind": split.kind} | parts),
+        ("versions", versions()),
+        ("config", config),
+    ):
+        write_whole(folder / f"{name}.json", json.dumps(content, indent=1).encode())
+
+    identity = training.identity if net.world is not None else 1.0
+    batches = TransitionsModule(data, split, training.batch_size, identity, training.seed)
+    record = _Record(folder, on_epoch)
+    bf16 = training.precision == "bf16" or (training.precision == "auto" and has_bf16())
+    trainer = pl.Trainer(
+        max_epochs=training.epochs,
+        limit_train_batches=training.steps_per_epoch or None,
+        devices=training.devices,
+        num_nodes=training.nodes,
+        precision="bf16-mixed" if bf16 else "32-true",
+        gradient_clip_val=training.clip,
+        sync_batchnorm=torch.cuda.is_available() and training.devices * training.nodes > 1,
+        use_distributed_sampler=False,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        callbacks=[record],
+        plugins=[_WholeCheckpoints()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=on_epoch is None,
+    )
+    last = folder / "last.ckpt"
+    trainer.fit(
+        LitDreamer(net, training),
+        datamodule=batches,
+        ckpt_path=last if last.is_file() else None,
+        weights_only=True,
+    )
+    return pd.read_csv(folder / "metrics.csv")
+
+
+def load_config(folder: str | Path) -> tuple[ModelConfig, TrainingConfig]:
+    """The configurations of a run. Raises FileNotFoundError where there is none."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not there; is {folder} a run's folder?")
+    config = json.loads(file.read_text())
+    return ModelConfig(**config["model"]), TrainingConfig(**config["training"])
+
+
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacDreamer:
+    """The model of a run, in evaluation mode, with its best weights; its token type is its own.
+
+    Raises FileNotFoundError where config.json or model.safetensors is missing, ValueError where
+    the weights do not fit the configuration.
+    """
+    config, _ = load_config(folder)
+    file = Path(folder) / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not there; has the run finished its first epoch?")
+    model = CardiacDreamer(config.model_copy(update={"weights": "none"}))
+    try:
+        model.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        raise ValueError(f"{file}: does not fit {folder}/config.json: {error}") from error
+    return model.eval().to(device)
