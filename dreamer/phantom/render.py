@@ -30,24 +30,24 @@ VOXEL = 0.6  # mm, edge of a scatterer's cell
 
 # name: echo strength dB, attenuation left after time-gain compensation dB/cm
 TISSUE = {
-    "left_ventricle": (-47, -0.25),
-    "right_ventricle": (-46, -0.25),
-    "left_atrium": (-46, -0.25),
-    "right_atrium": (-46, -0.25),
-    "aorta": (-46, -0.25),
-    "myocardium": (-20, 0.3),
-    "septum": (-14, 0.3),
-    "papillary_muscles": (-15, 0.3),
-    "mitral_valve": (-9, 0.5),
-    "tricuspid_valve": (-10, 0.5),
-    "aortic_valve": (-9, 0.5),
-    "heart_wall": (-16, 0.4),
-    "pericardium": (-7, 0.8),
-    "mediastinum": (-21, 0.5),
-    "lung": (-22, 2.5),
-    "liver": (-19, 0.5),
-    "chest_wall": (-21, 0.5),
-    "ribs": (-14, 28.0),
+    "left_ventricle": (-62, -0.15),
+    "right_ventricle": (-59, -0.15),
+    "left_atrium": (-60, -0.15),
+    "right_atrium": (-60, -0.15),
+    "aorta": (-60, -0.15),
+    "myocardium": (-38, 0.3),
+    "septum": (-29, 0.3),
+    "papillary_muscles": (-33, 0.3),
+    "mitral_valve": (-24, 0.5),
+    "tricuspid_valve": (-25, 0.5),
+    "aortic_valve": (-24, 0.5),
+    "heart_wall": (-34, 0.4),
+    "pericardium": (-27, 0.8),
+    "mediastinum": (-41, 0.6),
+    "lung": (-41, 2.5),
+    "liver": (-38, 0.5),
+    "chest_wall": (-34, 0.5),
+    "ribs": (-28, 28.0),
 }
 _MASK = 2**18 - 1
 
@@ -261,8 +261,8 @@ def _frames(patient: Patient, pose: Tensor, phase: Tensor, without, target: str,
     reverb, contact = _near_field(patient, to_chest, grid)
     weight = contact[:, :, None]
     haze = torch.exp(-grid.depth / 60) * 0.9 + 0.25
-    haze = haze * (patient.clutter * 10 ** (-41 / 20))
-    floor = patient.noise * 10 ** (-56 / 20) * 10 ** (grid.depth * (9 / 160 / 20))
+    haze = haze * (patient.clutter * 10 ** (-55 / 20))
+    floor = patient.noise * 10 ** (-70 / 20) * 10 ** (grid.depth * (9 / 160 / 20))
     parts = []
     for k, part in enumerate((re, im)):
         part = grid.spread(part).mul_(weight)
@@ -311,22 +311,22 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
     muscle = (label == LABEL["myocardium"]) | (label == LABEL["septum"])
     strength.mul_(fibre.masked_fill_(~muscle, 1.0))
 
-    shine = _bell(scene.blood - 0.5, 1.1).mul_(_along(scene.blood, grid.dr).square_()).mul_(0.16)
+    shine = _bell(scene.blood - 0.5, 1.1).mul_(_along(scene.blood, grid.dr).square_()).mul_(0.035)
     direct = _along(scene.heart, grid.dr)
-    shine.addcmul_(_bell(scene.heart - 0.9, 1.2), direct.square_(), value=0.85)
-    shine.addcmul_(_bell(scene.border, 1.3), _along(scene.border, grid.dr).square_(), value=0.35)
+    shine.addcmul_(_bell(scene.heart - 0.9, 1.2), direct.square_(), value=0.30)
+    shine.addcmul_(_bell(scene.border, 1.3), _along(scene.border, grid.dr).square_(), value=0.06)
     near = chest[..., : grid.near]
     z = near[:, 2] - patient.skin(near[:, 0], near[:, 1])
     wall, lines = patient.size["skin_to_heart"], patient.ripples
     if without != "chest_wall":
-        for k, (at, high) in enumerate(((0.16, 0.3), (0.42, 0.16), (0.62, 0.2), (0.93, 0.25))):
+        for k, (at, high) in enumerate(((0.16, 0.08), (0.42, 0.04), (0.62, 0.06), (0.93, 0.05))):
             bent = z + torch.sin(near[:, 0] * 0.33 + near[:, 1] * 0.21 + float(lines[k])) * 0.5
             shine[..., : grid.near].add_(_bell(bent - at * wall, 0.8), alpha=high)
     if without != "ribs":
         ribs = patient.rib_distance(near[:, 0], near[:, 1], z)
-        shine[..., : grid.near].addcmul_(_bell(ribs, 1.0), _along(ribs, grid.dr).square_(), value=0.4)
+        shine[..., : grid.near].addcmul_(_bell(ribs, 1.0), _along(ribs, grid.dr).square_(), value=0.1)
     noise = grid.lookup(scene.material, patient.hash)
-    path = path * torch.exp(torch.linspace(0, 0.6, grid.samples, device=grid.device))
+    path = path * torch.exp(torch.linspace(-0.2, 0.9, grid.samples, device=grid.device))
     re = torch.addcmul(shine * (noise[0] * 0.35 + 0.6), strength, noise[0]).mul_(path)
     im = torch.addcmul(shine * (noise[1] * 0.35), strength, noise[1]).mul_(path)
     return re, im
@@ -341,7 +341,7 @@ def _near_field(patient: Patient, to_chest: Tensor, grid: Sector) -> tuple[Tenso
     face[0] = grid.theta.sin() / math.sin(HALF_ANGLE) * 9
     at = torch.baddbmm(to_chest[:, :3, 3:], to_chest[:, :3, :3], face.expand(len(to_chest), 3, -1))
     gap = patient.skin(at[:, 0], at[:, 1]) - at[:, 2]
-    contact = torch.sigmoid((4.3 - gap) / 0.55).float().to(device)
+    contact = torch.sigmoid((4.2 - gap) / 0.55).float().to(device)
     ripple = sum(
         torch.sin(grid.theta * (5 + 4 * k) + float(p)) for k, p in enumerate(patient.ripples[:4])
     )
@@ -353,7 +353,7 @@ def _near_field(patient: Patient, to_chest: Tensor, grid: Sector) -> tuple[Tenso
         wave = torch.sin(theta * (6 + 5 * k) + float(patient.ripples[k])) * 0.5 + 0.7
         bend = 0.8 * torch.cos(theta * 3 + float(patient.ripples[k + 3]))
         at_depth = k * (5.2 + 0.6 * math.sin(patient.ripples[5])) + bend
-        arc = torch.exp(-(((r - at_depth) / 0.7) ** 2)) * wave * 0.5 ** (k - 1) * 0.22
+        arc = torch.exp(-(((r - at_depth) / 0.7) ** 2)) * wave * 0.5 ** (k - 1) * 0.12
         phase = float(patient.ripples[k]) + theta * 9
         arcs[0] += arc * torch.cos(phase)
         arcs[1] += arc * torch.sin(phase)
