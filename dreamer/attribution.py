@@ -1,0 +1,332 @@
+"""What a model looks at on the grid of its feature map, by attention and by attribution.
+
+Attributions take the feature map [B, C, h, w] as the input of a head model, so that the backbone
+runs once and both variants are asked alike: summed over channels a map is a grid [h, w], summed
+over space a score per channel. Methods are Captum's: integrated gradients (Sundararajan et al.,
+ICML 2017), Grad-CAM (Selvaraju et al., ICCV 2017; signed here, since a pose has no class), Shapley
+sampling (Strumbelj & Kononenko 2010), ablation and occlusion. Rollout: Abnar & Zuidema, ACL 2020.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from captum.attr import (
+    FeatureAblation,
+    InputXGradient,
+    IntegratedGradients,
+    LayerGradCam,
+    Occlusion,
+    ShapleyValueSampling,
+)
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+from tqdm.auto import tqdm
+
+from dreamer import poses
+from dreamer.model import CardiacDreamer
+
+log = logging.getLogger(__name__)
+
+TARGETS = (*poses.AXES, "translation", "rotation")
+UNIT = dict(zip(TARGETS, (*poses.UNITS, "mm", "deg"), strict=True))
+METHODS = (
+    "integrated_gradients", "gradient_x_activation", "grad_cam", "shapley", "ablation", "occlusion"
+)  # fmt: skip
+ATTENTION = ("rollout", "action_attention")
+BASELINES = ("zero", "mean", "blurred")
+TOLERANCE = 0.05  # of f(x) - f(baseline) that integrated gradients may miss
+LIMIT = 256  # steps of integrated gradients at most
+MEMORY = 2**30  # bytes of activations that one pass may keep
+
+
+def known(name: str, kind: str, choices: Sequence[str]) -> str:
+    if name not in choices:
+        raise ValueError(f"{kind} {name!r} is unknown; one of {', '.join(choices)}")
+    return name
+
+
+def answer(pose: Tensor, target: str) -> Tensor:
+    """One number [...] of poses [..., 6]: an axis, or the distance (mm) or turn (deg) to the plane."""
+    if known(target, "target", TARGETS) in poses.AXES:
+        return pose[..., poses.AXES.index(target)]
+    if target == "translation":
+        return pose[..., :3].norm(dim=-1)
+    r = poses.to_matrix(pose)[..., :3, :3]
+    sine = torch.stack((r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0],
+                        r[..., 1, 0] - r[..., 0, 1]), dim=-1).norm(dim=-1)  # fmt: skip
+    return torch.rad2deg(torch.atan2(sine, r.diagonal(dim1=-2, dim2=-1).sum(-1) - 1))
+
+
+class Question(nn.Module):
+    """The model past its backbone, asked for one number: maps [B, C, h, w], actions -> [B]."""
+
+    def __init__(self, model: CardiacDreamer, target: str):
+        super().__init__()
+        self.model, self.target = model, known(target, "target", TARGETS)
+        self.features = nn.Identity()  # the layer that Grad-CAM reads
+
+    def forward(self, features: Tensor, action: Tensor) -> Tensor:
+        return answer(self.model.imagine(self.features(features), action).pose, self.target)
+
+
+class Cells(nn.Module):
+    """The same question as a game of the grid's cells: masks [B, 1, h, w], 1 the frame's cell and
+    0 the baseline's."""
+
+    def __init__(self, question: Question):
+        super().__init__()
+        self.question = question
+
+    def forward(self, mask: Tensor, features: Tensor, baseline: Tensor, action: Tensor) -> Tensor:
+        return self.question(torch.lerp(baseline, features, mask), action)
+
+
+class Maps(NamedTuple):
+    """Signed maps in the target's unit: `grid` [B, h, w], `channels` [B, C] (None for methods that
+    play with whole cells); `error` [B], the share of f(x) - f(baseline) missed, `steps` [B]."""
+
+    grid: Tensor
+    channels: Tensor | None
+    error: Tensor
+    steps: Tensor
+
+
+def rows_at_once(model: CardiacDreamer, recorded: bool = False) -> int:
+    """How many frames one pass with gradients may take to stay within MEMORY."""
+    c = model.config
+    tokens = 1 + (c.grid[0] * c.grid[1] if c.token_type == "patch" else c.channels)
+    kept = 16 * tokens * c.d_model + (3 * c.num_heads * tokens**2 if recorded else 0)
+    return int(np.clip(MEMORY // (4 * kept * c.num_layers), 1, 512))
+
+
+def parts_of(count: int, size: int, progress: str | None) -> Iterator[slice]:
+    starts = range(0, count, max(1, size))
+    for s in tqdm(starts, desc=progress, leave=False, disable=progress is None):
+        yield slice(s, min(s + max(1, size), count))
+
+
+@torch.no_grad()
+def encode(model: CardiacDreamer, images: Tensor, progress: str | None = None) -> Tensor:
+    """Feature maps [N, C, h, w] of frames uint8 or float in [0, 1], [N, 1, S, S]."""
+    device, scale = model.image_mean.device, 1 if images.is_floating_point() else 255
+    parts = parts_of(len(images), 64, progress)
+    return torch.cat([model.encode(images[p].to(device).float() / scale) for p in parts])
+
+
+def baseline_map(
+    model: CardiacDreamer, name: str, images: Tensor, training: Tensor | None = None
+) -> Tensor:
+    """Feature maps that stand for "nothing seen": [1, C, h, w], or [N, C, h, w] if blurred.
+
+    zero: no activation; mean: the mean map of `training` frames [M, 1, S, S]; blurred: the map of
+    the frame blurred by an eighth of its width. Raises ValueError on other names.
+    """
+    if known(name, "baseline", BASELINES) == "zero":
+        return torch.zeros_like(encode(model, images[:1]))
+    if name == "mean":
+        if training is None:
+            raise ValueError("baseline mean: training frames are needed; give `training`")
+        return encode(model, training).mean(0, keepdim=True)
+    soft = images.float() / (1 if images.is_floating_point() else 255)
+    sigma = images.shape[-1] / 8
+    return encode(model, gaussian_blur(soft, 2 * int(1.5 * sigma) + 1, sigma))
+
+
+def attribute(
+    model: CardiacDreamer,
+    features: Tensor,
+    target: str,
+    method: str = "integrated_gradients",
+    baseline: Tensor | None = None,
+    action: Tensor | None = None,
+    images: Tensor | None = None,
+    steps: int = 32,
+    permutations: int = 8,
+    seed: int = 0,
+    progress: str | None = None,
+) -> Maps:
+    """`Maps` of what moves `target` on feature maps [N, C, h, w], by one of METHODS.
+
+    `baseline` [1 or N, C, h, w]: zero without one. `action` [N, 6]: none by default, which asks
+    about the frame itself. Integrated gradients doubles `steps` up to LIMIT where it misses more
+    than TOLERANCE, and warns where it still does. Occlusion needs the frames `images`
+    [N, 1, S, S]; grey boxes of one cell's size hide them. ValueError on unknown names.
+    """
+    known(method, "method", METHODS)
+    if method == "occlusion" and images is None:
+        raise ValueError("occlusion hides parts of the frames: give `images`")
+    n, shape = len(features), features.shape[2:]
+    action = features.new_zeros(n, 6) if action is None else action
+    base = torch.zeros_like(features[:1]) if baseline is None else baseline
+    base = base.expand(n, *features.shape[1:])
+    ask, rows = Question(model, target), rows_at_once(model)
+    size = max(1, rows // {"integrated_gradients": steps}.get(method, 1))
+    parts = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for p in parts_of(n, min(size, rows if method in METHODS[:3] else 64), progress):
+            x, b, a = features[p].detach(), base[p].detach(), action[p]
+            error = torch.full((len(x),), torch.nan, device=x.device)
+            used, maps = torch.zeros_like(error), None
+            if method == "integrated_gradients":
+                maps, error, used = _integrated(ask, x, b, a, steps, rows)
+            elif method == "gradient_x_activation":
+                maps = InputXGradient(ask).attribute(x.requires_grad_(), additional_forward_args=a)
+            elif method == "grad_cam":
+                cam = LayerGradCam(ask, ask.features)
+                maps = cam.attribute(
+                    x.requires_grad_(), additional_forward_args=a, attr_dim_summation=False
+                )
+            if maps is not None:
+                maps = maps.detach()
+                parts.append((maps.sum(1), maps.sum((2, 3)), error, used))
+            else:
+                frames = None if images is None else images[p]
+                grid = _hidden(ask, method, x, b, a, frames, permutations, rows)
+                parts.append((grid.detach(), None, error, used))
+    grid, channels, error, used = zip(*parts, strict=True)
+    result = Maps(
+        torch.cat(grid).reshape(n, *shape),
+        None if channels[0] is None else torch.cat(channels),
+        torch.cat(error),
+        torch.cat(used),
+    )
+    if missed := int((result.error > TOLERANCE).sum()):
+        log.warning(
+            "%d of %d maps (%s) miss more than %.0f%% of f(x) - f(baseline) after %d steps",
+            missed, n, target, 100 * TOLERANCE, LIMIT,
+        )  # fmt: skip
+    return result
+
+
+def _integrated(ask, x, b, a, steps: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integrated gradients, its relative error, its steps; doubled where the error is too large."""
+    maps, error = torch.zeros_like(x), x.new_full((len(x),), torch.inf)
+    used, method = torch.zeros_like(error), IntegratedGradients(ask)
+    with torch.no_grad():
+        change = (ask(x, a) - ask(b, a)).abs().clamp_min(1e-6)
+    while (todo := torch.nonzero(error > TOLERANCE)[:, 0]).numel() and steps <= LIMIT:
+        for t in todo.split(max(1, rows // steps)):
+            maps[t], delta = method.attribute(
+                x[t], b[t], additional_forward_args=a[t], n_steps=steps,
+                internal_batch_size=max(rows, len(t)), return_convergence_delta=True,
+            )  # fmt: skip
+            error[t], used[t] = (delta.abs() / change[t]).to(error), float(steps)
+        steps *= 2
+    return maps, error, used
+
+
+@torch.no_grad()
+def _hidden(ask, method: str, x, b, a, images, permutations: int, rows: int) -> Tensor:
+    """Grids [B, h, w] by hiding: cells of the map, or boxes of the frame."""
+    h, w = x.shape[2:]
+    if method == "occlusion":
+        images = images.to(x.device).float() / (1 if images.is_floating_point() else 255)
+        box = (1, images.shape[2] // h, images.shape[3] // w)
+        whole = Occlusion(lambda frames, action: ask(ask.model.encode(frames), action))
+        pixels = whole.attribute(
+            images, box, strides=box, baselines=ask.model.image_mean.item(),
+            additional_forward_args=a, perturbations_per_eval=max(1, 64 // len(x)),
+        )  # fmt: skip
+        return reduce(pixels, "b 1 (h y) (w x) -> b h w", "mean", h=h, w=w)
+    ones = x.new_ones(len(x), 1, h, w)
+    cells = torch.arange(h * w, device=x.device).view(1, 1, h, w)
+    given = {
+        "baselines": 0, "additional_forward_args": (x, b, a), "feature_mask": cells,
+        "perturbations_per_eval": max(1, rows // len(x)),
+    }  # fmt: skip
+    if method == "shapley":
+        game = ShapleyValueSampling(Cells(ask))
+        return game.attribute(ones, n_samples=permutations, **given)[:, 0]
+    return FeatureAblation(Cells(ask)).attribute(ones, **given)[:, 0]
+
+
+# Attention
+
+
+@contextmanager
+def recorder(model: CardiacDreamer) -> Iterator[list[Tensor]]:
+    """Within: a list to which each pass adds every layer's weights [B, heads, N, N], in order.
+
+    Leaves the model as it was, whatever happens. Raises ValueError for a model without attention.
+    """
+    if model.world is None:
+        raise ValueError("token_type none has no attention to record; take a patch or channel run")
+    layers = [block.attention for block in model.world.blocks]
+    before, weights, handles = [layer.recorded for layer in layers], [], []
+    try:
+        for layer in layers:
+            keep = lambda module, inputs, output: weights.append(output.detach())  # noqa: E731
+            handles.append(layer.softmax.register_forward_hook(keep))
+            layer.recorded = True
+        yield weights
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, flag in zip(layers, before, strict=True):
+            layer.recorded = flag
+
+
+@torch.no_grad()
+def attention(model: CardiacDreamer, features: Tensor, action: Tensor | None = None) -> Tensor:
+    """All weights [layers, B, heads, N, N]; token 0 is the action's, each row sums to one.
+
+    Memory grows with N²: give few frames of a large model at once.
+    """
+    action = features.new_zeros(len(features), 6) if action is None else action
+    with recorder(model) as weights:
+        model.imagine(features, action)
+    return torch.stack(weights)
+
+
+def rollout(weights: Tensor) -> Tensor:
+    """Attention through all layers so far [layers, B, N, N], short cuts counted as half."""
+    step = weights.mean(2) / 2 + torch.eye(weights.shape[-1], device=weights.device) / 2
+    flow = [step[0]]
+    for layer in step[1:]:
+        flow.append(layer @ flow[-1])
+    return torch.stack(flow)
+
+
+def read(weights: Tensor, reader: str) -> Tensor:
+    """How much of each token of the map is read [..., N-1]: by the action token, or by the map's
+    own tokens on average, from which the guidance is pooled. `reader`: action or tokens."""
+    known(reader, "reader", ("action", "tokens"))
+    return weights[..., 0, 1:] if reader == "action" else weights[..., 1:, 1:].mean(-2)
+
+
+def to_grid(share: Tensor, features: Tensor, token_type: str) -> Tensor:
+    """Shares of tokens [..., B, tokens] on the grid [..., B, h, w]; the total is kept.
+
+    A patch token lies on its cell; a channel token's share spreads over that channel's own map in
+    [B, C, h, w], by magnitude, and evenly where the channel is silent.
+    """
+    if known(token_type, "token_type", ("patch", "channel")) == "patch":
+        return rearrange(share, "... (h w) -> ... h w", h=features.shape[2])
+    size = features.abs()
+    total = size.sum((2, 3), keepdim=True)
+    even = 1 / (features.shape[2] * features.shape[3])
+    spread = torch.where(total > 0, size / total.clamp_min(1e-12), even)
+    return torch.einsum("...bc,bchw->...bhw", share, spread)
+
+
+def attention_grid(
+    model: CardiacDreamer, features: Tensor, kind: str = "rollout", progress: str | None = None
+) -> Tensor:
+    """Grids [N, h, w] of ATTENTION: rollout to the map's tokens, or what the action token reads,
+    mean over layers and heads."""
+    known(kind, "attention", ATTENTION)
+    grids = []
+    for p in parts_of(len(features), rows_at_once(model, recorded=True), progress):
+        weights = attention(model, features[p])
+        if kind == "rollout":
+            share = read(rollout(weights)[-1], "tokens")
+        else:
+            share = read(weights, "action").mean((0, 2))
+        grids.append(to_grid(share, features[p], model.config.token_type))
+    return torch.cat(grids)
