@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -45,16 +46,17 @@ def known_parameters(notebook: str | Path) -> set[str]:
 
     Raises NotebookError when the file is missing, or has no such cell or more than one.
     """
-    import nbformat
-
     path = Path(notebook)
     if not path.is_file():
         raise NotebookError(f"{path}: no such notebook")
-    cells = nbformat.read(path, as_version=4).cells
-    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotebookError(f"{path}: is not a notebook") from error
+    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise NotebookError(f"{path}: {len(tagged)} cells are tagged `parameters`; one is needed")
-    return _assigned(tagged[0].source)
+    return _assigned("".join(tagged[0]["source"]))
 
 
 def read_parameters(file: str | Path) -> dict[str, Any]:
@@ -202,12 +204,12 @@ def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
         for process in psutil.wait_procs([process for process, _ in alive], timeout=10)[1]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        snakemake = [sys.executable, "-m", "snakemake", "--directory", str(root)]
+        snakemake = [sys.executable, "-m", "snakemake", "--cores", "all", *arguments]
         environment = {**os.environ, OWNER: str(root)}
         if any((root / ".snakemake" / "locks").glob("*")):
-            subprocess.run([*snakemake, "--unlock", "--quiet"], env=environment, cwd=root)
+            subprocess.run([*snakemake, "--unlock"], env=environment, cwd=root, check=True)
         child = subprocess.Popen(
-            [*snakemake, "--cores", "all", "--rerun-incomplete", *arguments],
+            [*snakemake, "--rerun-incomplete"],
             env=environment, cwd=root, pass_fds=[lock.fileno()],
         )  # fmt: skip
         lock.truncate(0)
@@ -223,7 +225,7 @@ def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
 
 
 def main() -> int:
-    """The command line: `run` one notebook, or `figures` (what follows goes to Snakemake)."""
+    """The command line: one notebook, or `figures` and options and settings for Snakemake."""
     if sys.argv[1:2] == ["figures"]:
         rest = sys.argv[2:]
         pairs = [word for word in rest if "=" in word and not word.startswith("-")]
@@ -234,14 +236,17 @@ def main() -> int:
     parser.add_argument("--executed", required=True, help="where the executed notebook goes")
     parser.add_argument("--output", action="append", default=[], help="a promised file")
     parser.add_argument("--preset", help="YAML for the whole pipeline: the notebook's part is used")
-    parser.add_argument("-f", action="append", default=[], metavar="YAML", help="parameters")
+    parser.add_argument("-f", action="append", default=[], metavar="FILE", help="parameters")
     parser.add_argument("-p", action="append", default=[], nargs=2, metavar=("NAME", "YAML"))
+    parser.add_argument("-y", action="append", default=[], metavar="YAML", help="parameters")
     parser.add_argument("--timeout", type=float, help="seconds for each cell")
     given = parser.parse_args()
     try:
         values = preset_parameters(given.preset, given.notebook) if given.preset else {}
         for file in given.f:
             values |= read_parameters(file)
+        for text in given.y:
+            values |= yaml.safe_load(text)
         values |= {name: yaml.safe_load(text) for name, text in given.p}
         run_notebook(given.notebook, values, given.executed, given.output, timeout=given.timeout)
     except NotebookError as error:

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 # Each file imports only from those before it; an entry may be a file or a package.
 ORDER = [
     "poses", "phantom", "data", "tokens", "model", "training", "evaluation", "navigation",
-    "benchmark", "attribution", "figures", "pipeline",
+    "benchmark", "attribution", "figures", "report", "pipeline",
 ]  # fmt: skip
 CONDA = {
     "torch": "pytorch", "matplotlib": "matplotlib-base", "snakemake": "snakemake-minimal",

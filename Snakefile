@@ -1,0 +1,163 @@
+"""The whole study: phantom data, trainings of both variants, every numbered notebook, one page.
+
+    make figures                                      the default, behind a lock
+    make figures CONFIG="preset=full seeds=5"         other sizes
+    make figures CONFIG="data=../my_scans folds=5"    one's own scans
+    snakemake --profile profiles/slurm                the same on a cluster
+
+A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
+takes `runs` for every training. Notebooks that do not exist yet are no steps.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from dreamer.pipeline import known_parameters, preset_parameters
+
+VARIANTS = ("patch", "channel")
+PHANTOM = {  # patients, frames of each, pixels; the presets' models want these pictures
+    "smoke": (8, 6, 64),
+    "laptop": (224, 40, 112),
+    "medium": (224, 40, 112),
+    "full": (400, 80, 224),
+}
+# What each notebook promises to write into its output folder, beside whatever else it draws.
+PROMISED = {}
+
+PRESET = config.get("preset", "laptop")
+PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
+SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
+TIMEOUT = float(config.get("timeout", 24 * 3600))
+OWN_DATA = config.get("data")
+unknown = set(config) - {"data", "preset", "seeds", "folds", "output", "timeout"}
+if unknown or (not OWN_DATA and PRESET not in PHANTOM) or not Path(PRESET_FILE).exists():
+    raise WorkflowError(
+        f"config {', '.join(sorted(unknown)) or f'preset={PRESET}'} is unknown; there are data, "
+        f"preset ({', '.join(PHANTOM)}, or any YAML in notebooks/parameters beside data=...), "
+        "seeds, folds, output, timeout"
+    )
+
+if OWN_DATA:
+    DATA, NAME = OWN_DATA, f"{PRESET}-{Path(OWN_DATA).resolve().name}"
+    DATA_READY = sorted(map(str, Path(DATA).glob("*/transitions_dataset.json")))
+    if not DATA_READY:
+        raise WorkflowError(f"data={DATA}: no folder in it holds a transitions_dataset.json")
+else:
+    patients, frames, size = PHANTOM[PRESET]
+    DATA, NAME = f"data/phantom/{patients}x{frames}-{size}px", PRESET
+    DATA_READY = [f"{DATA}/.complete"]
+
+RUNS = f"data/runs/{NAME}"
+# The committed figures are those of the default; other sizes and other data have their own folder.
+OUTPUT = config.get("output", "figures" if NAME == "laptop" else f"{RUNS}/figures")
+NOTEBOOKS = {p.stem: str(p) for p in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))}
+TRAINING = "02_train"
+TRAINED = [f"{RUNS}/{v}-seed{s}" for v in VARIANTS for s in SEEDS] if TRAINING in NOTEBOOKS else []
+TRAINED_DONE = [f"{RUNS}/notebooks/02_train-{Path(run).name}.done" for run in TRAINED]
+
+
+def parameters(step, **given):
+    """As JSON: the preset's part, then what the pipeline itself says, where the notebook takes it."""
+    takes = known_parameters(NOTEBOOKS[step])
+    said = {"data": DATA, "output": OUTPUT, "runs": TRAINED, **given}
+    said = {name: value for name, value in said.items() if name in takes}
+    return json.dumps(preset_parameters(PRESET_FILE, NOTEBOOKS[step]) | said)
+
+
+def needs(step):
+    """The inputs of a notebook, read off its parameters."""
+    takes = known_parameters(NOTEBOOKS[step])
+    return [
+        NOTEBOOKS[step],
+        *(DATA_READY if "data" in takes else []),
+        *(TRAINED_DONE if "runs" in takes else []),
+    ]
+
+
+# One notebook: refuses unknown parameters, fails without the promised files, keeps what was run.
+RUN = (
+    f"{sys.executable} -m dreamer.pipeline {{input[0]}} --executed {{log[0]}} "
+    f"--timeout {TIMEOUT} -y {{params.parameters:q}} {{params.promised}}"
+)
+
+
+rule all:
+    input:
+        f"{OUTPUT}/index.html",
+
+
+if not OWN_DATA:
+
+    rule phantom:
+        output:
+            touch(DATA_READY[0]),
+        params:
+            data=DATA,
+            sizes=dict(patients=patients, frames=frames, size=size),
+        threads: 64
+        run:
+            from dreamer.phantom import generate
+
+            generate(params.data, target="A4C", seed=0, **params.sizes)
+
+
+rule train:
+    input:
+        NOTEBOOKS.get(TRAINING, []),
+        DATA_READY,
+    output:
+        touch(f"{RUNS}/notebooks/02_train-{{variant}}-seed{{seed}}.done"),
+    log:
+        f"{RUNS}/notebooks/02_train-{{variant}}-seed{{seed}}.ipynb",
+    params:
+        parameters=lambda wildcards: parameters(
+            TRAINING,
+            token_type=wildcards.variant,
+            seed=int(wildcards.seed),
+            run=f"{RUNS}/{wildcards.variant}-seed{wildcards.seed}",
+            output=f"{RUNS}/{wildcards.variant}-seed{wildcards.seed}/figures",
+        ),
+        promised=[
+            f"--output {RUNS}/{{variant}}-seed{{seed}}/figures/{name}"
+            for name in PROMISED.get(TRAINING, ())
+        ],
+    threads: 64  # all there are: two trainings never share the cores
+    resources:
+        trainer=1,
+    shell:
+        RUN
+
+
+for step in NOTEBOOKS:
+    if step == TRAINING:
+        continue
+
+    rule:
+        name:
+            f"notebook_{step}"
+        input:
+            needs(step),
+        output:
+            [f"{OUTPUT}/{name}" for name in PROMISED.get(step, ())],
+            done=touch(f"{RUNS}/notebooks/{step}.done"),
+        log:
+            f"{RUNS}/notebooks/{step}.ipynb",
+        params:
+            parameters=parameters(step),
+            promised=[f"--output {OUTPUT}/{name}" for name in PROMISED.get(step, ())],
+        threads: 64  # timings and attributions want the machine for themselves
+        shell:
+            RUN
+
+
+rule page:
+    input:
+        [f"{RUNS}/notebooks/{step}.done" for step in NOTEBOOKS if step != TRAINING],
+        TRAINED_DONE,
+    output:
+        f"{OUTPUT}/index.html",
+    params:
+        write=f"from dreamer.report import write_page; write_page('{OUTPUT}', '{RUNS}/notebooks')",
+    shell:
+        f"{sys.executable} -c {{params.write:q}}"

@@ -1,0 +1,147 @@
+"""figures/index.html: one page that opens from disk, without scripts or outside requests.
+
+It says nothing of its own: verdicts, captions, sample sizes and tables are read from the files
+that the notebooks wrote, and the executed notebooks stand beside it as HTML.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import nbformat
+import pandas as pd
+import psutil
+from nbconvert import HTMLExporter
+from PIL import Image
+from pygments.formatters import HtmlFormatter
+
+VERSIONS = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy")
+SHOWN_ROWS = 24  # a longer table is only linked
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _machine() -> dict[str, str]:
+    """What the page was made on: processor, memory, GPU, system, versions."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        processor = named[1] if named else processor
+    return {
+        "processor": f"{processor}, {os.cpu_count()} cores",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GB",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": f"{platform.system()}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in VERSIONS),
+    }
+
+
+def _commit() -> str:
+    """The commit at hand, marked where files differ from it; empty outside a git checkout."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _title(book: nbformat.NotebookNode, otherwise: str) -> str:
+    heads = [c.source.lstrip("# ").splitlines()[0] for c in book.cells if c.source.startswith("# ")]
+    return heads[0] if heads else otherwise
+
+
+def notebook_html(file: Path) -> tuple[str, str]:
+    """An executed notebook's title and body as HTML, without scripts, widgets and progress bars."""
+    book = nbformat.read(file, as_version=4)
+    for cell in book.cells:
+        kept = []
+        for output in cell.get("outputs", []):
+            if "data" in output:
+                widget = any("widget" in kind for kind in output.data)
+                kinds = ("image/png", "text/html", "text/plain")
+                output.data = {k: output.data[k] for k in kinds if k in output.data}
+                if widget or not output.data:
+                    continue
+            if output.get("name") == "stderr":
+                continue
+            kept.append(output)
+        if "outputs" in cell:
+            cell.outputs = kept
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(book)
+    return _title(book, file.stem), re.sub(r"<script.*?</script>", "", body, flags=re.S)
+
+
+def _tables(output: Path) -> list[dict[str, Any]]:
+    """Every CSV but the verdicts: its name, number, and its HTML where it is short enough."""
+    tables = []
+    for file in sorted(output.glob("[0-9][0-9]_*.csv")):
+        if not file.stem.endswith("_verdicts"):
+            frame = pd.read_csv(file)
+            show = frame.to_html(index=False, border=0, float_format="%.4g", na_rep="")
+            html = show if len(frame) <= SHOWN_ROWS else None
+            tables.append({"file": file.name, "number": file.name[:2], "html": html})
+    return tables
+
+
+def write_page(output: str | Path, notebooks: str | Path) -> Path:
+    """Write `output`/index.html and `output`/notebooks/*.html; return the page's path.
+
+    `output` holds the figures (PNG, SVG, JSON with caption, alt text and sample size) and tables
+    (CSV; `*_verdicts.csv` comes first), `notebooks` the executed notebooks. Raises
+    FileNotFoundError for a caption without its picture.
+    """
+    output = Path(output)
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    template = jinja2.Template(text, autoescape=True)
+    common = {
+        "light": HtmlFormatter().get_style_defs(".highlight"),
+        "dark": HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
+    }
+    books = []
+    for file in sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb")):
+        title, body = notebook_html(file)
+        text = template.render(title=title, body=body, **common)
+        _write(output / "notebooks" / f"{file.stem}.html", text)
+        books.append({"file": f"notebooks/{file.stem}.html", "title": title, "stem": file.stem})
+    figures = []
+    for file in sorted(output.glob("[0-9][0-9]_*.json")):
+        with Image.open(file.with_suffix(".png")) as picture:
+            size = picture.size
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        figures.append({**notes, "name": file.stem, "width": size[0], "height": size[1]})
+    tables = _tables(output)
+    numbers = sorted({f["name"][:2] for f in figures} | {t["number"] for t in tables})
+    sections = [
+        {
+            "title": next((b["title"] for b in books if b["stem"][:2] == number), number),
+            "books": [b for b in books if b["stem"][:2] == number],
+            "figures": [f for f in figures if f["name"][:2] == number],
+            "tables": [t for t in tables if t["number"] == number],
+        }
+        for number in numbers
+    ]
+    verdicts = [pd.read_csv(f, dtype=str).fillna("") for f in sorted(output.glob("*_verdicts.csv"))]
+    rows = [row for frame in verdicts for row in frame.to_dict("records")]
+    facts = {**_machine(), "commit": _commit(), "date": datetime.date.today().isoformat()}
+    page = template.render(
+        title="Cardiac Dreamer: patch or channel tokens?", verdicts=rows, sections=sections,
+        books=[b for b in books if b["stem"][:2] not in numbers], facts=facts, **common,
+    )  # fmt: skip
+    _write(output / "index.html", page)
+    return output / "index.html"

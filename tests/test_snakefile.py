@@ -1,0 +1,130 @@
+"""The pipeline on made notebooks: order, reruns, promises, locks, faults."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+TRAIN = """import json, time
+from pathlib import Path
+Path(run).mkdir(parents=True, exist_ok=True)
+for epoch in range(model.get("epochs", 2)):
+    done = Path(run, f"{epoch}.json")
+    if not done.exists():
+        time.sleep(model.get("pause", 0.0))
+        done.write_text(json.dumps([token_type, seed, epoch]))
+    with open(Path(run, "visits.txt"), "a") as visits:
+        visits.write(f"{epoch}\\n")"""
+COMPARE = """import json
+from pathlib import Path
+Path(output).mkdir(parents=True, exist_ok=True)
+rows = [p.read_text() for run in runs for p in sorted(Path(run).glob("*.json"))]
+Path(output, "07_rows.csv").write_text("row\\n" + "\\n".join(map(json.dumps, rows)))"""
+
+
+@pytest.fixture
+def project(root, tmp_path, make_notebook):
+    """A project folder with the real Snakefile, tiny notebooks and one scan."""
+    shutil.copy(root / "Snakefile", tmp_path)
+    books = tmp_path / "notebooks"
+    make_notebook(
+        books / "02_train.ipynb",
+        "token_type = ''\ndata = ''\nrun = ''\nseed = 0\nmodel = {}",
+        TRAIN,
+    )
+    make_notebook(books / "07_rows.ipynb", "runs = []\ndata = ''\noutput = ''", COMPARE)
+    make_notebook(books / "08_extra.ipynb", "title = 'x'", "title")
+    (books / "parameters").mkdir()
+    (books / "parameters" / "smoke.yaml").write_text("model: {epochs: 2}\n")
+    scan = tmp_path / "scans" / "one"
+    scan.mkdir(parents=True)
+    (scan / "transitions_dataset.json").write_text("[]")
+    return tmp_path
+
+
+COMMAND = [sys.executable, "-m", "dreamer.pipeline", "figures", "preset=smoke", "data=scans"]
+
+
+def make_figures(project, *more, **options):
+    return subprocess.run(
+        [*COMMAND, *more], cwd=project, capture_output=True, text=True, timeout=240, **options
+    )
+
+
+def jobs(result):
+    """Names of the rules that ran."""
+    words = [line.split() for line in (result.stdout + result.stderr).splitlines()]
+    return [w[1].rstrip(":") for w in words if w[:1] in (["rule"], ["localrule"])]
+
+
+def wait_for(path, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.05)
+
+
+def test_order_reruns_and_config(project):
+    first = make_figures(project)
+    assert first.returncode == 0, first.stderr[-3000:]
+    out = project / "data" / "runs" / "smoke-scans"
+    rows = (out / "figures" / "07_rows.csv").read_text()
+    assert all(word in rows for word in ("patch", "channel"))
+    assert (out / "figures" / "index.html").stat().st_size
+    assert (out / "notebooks" / "02_train-channel-seed0.ipynb").stat().st_size
+    start = time.monotonic()
+    again = make_figures(project)
+    assert again.returncode == 0 and jobs(again) == []
+    assert time.monotonic() - start < 20
+    # A parameter of one notebook reruns this one and the page, and no other.
+    (project / "notebooks" / "parameters" / "smoke.yaml").write_text(
+        "model: {epochs: 2}\ntitle: y\n"
+    )
+    changed = make_figures(project)
+    assert sorted(set(jobs(changed)) - {"all"}) == ["notebook_08_extra", "page"]
+    refused = make_figures(project, "sede=1")
+    assert refused.returncode and "config sede is unknown" in refused.stderr
+
+
+def test_failing_step_is_named_and_kept(project, make_notebook):
+    make_notebook(project / "notebooks" / "07_rows.ipynb", "runs = []\noutput = ''", "1 / 0")
+    result = make_figures(project)
+    text = result.stdout + result.stderr
+    assert result.returncode and "cell 3 failed: ZeroDivisionError" in text
+    kept = project / "data" / "runs" / "smoke-scans" / "notebooks" / "07_rows.ipynb"
+    assert "ZeroDivisionError" in json.dumps(json.loads(kept.read_text())["cells"])
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_training_goes_on_and_ends_the_same(project, blow):
+    slow = project / "notebooks" / "parameters" / "smoke.yaml"
+    slow.write_text("model: {epochs: 3, pause: 3.0}\n")
+    run = project / "data" / "runs" / "smoke-scans" / "patch-seed0"
+    process = subprocess.Popen(
+        COMMAND, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    wait_for(run / "0.json", process)
+    second = make_figures(project)
+    assert second.returncode == 1 and "already running here" in second.stderr
+    assert jobs(second) == []
+    if blow == signal.SIGKILL:  # the pipeline's front dies; its steps are orphans
+        for child in psutil.Process(process.pid).children():
+            child.kill()
+        process.kill()
+    else:  # a terminal signals the whole group
+        os.killpg(process.pid, blow)
+    assert process.wait(60) != 0
+    assert not (run / "2.json").exists()
+    result = make_figures(project)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (run / "visits.txt").read_text().split()[-3:] == ["0", "1", "2"]
+    rows = project / "data" / "runs" / "smoke-scans" / "figures" / "07_rows.csv"
+    undisturbed = [f'"[\\"{v}\\", 0, {e}]"' for v in ("patch", "channel") for e in range(3)]
+    assert rows.read_text().split("\n")[1:] == undisturbed
