@@ -132,11 +132,12 @@ def _check_actions(path: Path, vectors: NDArray, problems: list[str]) -> None:
 class Transitions(Dataset):
     """All transitions of a folder of scans, checked as a whole before anything else happens.
 
-    Attributes, N transitions over M distinct frames: `pose1`, `action` (the motion P1^-1 P2),
-    `pose2` float32 [N, 6] in mm and degrees; `rows` [N, 2] into `frames` uint8 [M, S, S] (memory-
-    mapped); `scan`, `patient`, `motion` [N] and `frame` [N, 2] texts; `digest` of the pictures. `image_size` S: the frames' own if None.
-    `patients` maps scan -> patient; without it each scan counts as one person. Raises DataError
-    with every problem found, FileNotFoundError without a folder, OSError with too little disk.
+    N transitions over M distinct frames: `pose1`, `action` (the motion P1^-1 P2), `pose2` float32
+    [N, 6] in mm and degrees; `rows` [N, 2] into `frames` uint8 [M, S, S] (memory-mapped, S is
+    `image_size` or the frames' own); `scan`, `patient`, `motion` [N], `frame` [N, 2] texts;
+    `digest` of the pictures. `patients` maps scan -> patient; without it a scan is a person.
+    Raises DataError with every problem found, FileNotFoundError without a folder, OSError where
+    the disk is too full for the decoded frames.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ def _frames(
     cache: str | Path | None,
     problems: list[str],
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], str]:
-    """Row of each path, all distinct frames and a digest of them, decoded once per content of the folder.
+    """Row of each path, all distinct frames and a digest of them; decoded once for a content.
 
     The cache file's name carries a digest of the pictures, so a changed folder is decoded anew and
     its earlier cache goes. Equal pictures (frame 2 of a record, frame 1 of the next) are one row.
@@ -328,7 +329,7 @@ def split_by_patient(
     return Split(*parts, kind="patient")
 
 
-def split_by_blocks(data: Transitions, blocks: int = 12, gap: int = 3) -> Split:
+def split_by_blocks(data: Transitions, blocks: int = 30, gap: int = 2) -> Split:
     """Each scan cut in time into `blocks`, of every six one to validate and one to test.
 
     `gap` records are dropped on either side of every cut, so that near-copies do not straddle it.
@@ -394,13 +395,20 @@ class _Batches(Dataset):
 class TransitionsModule(pl.LightningDataModule):
     """Batches for training and validation.
 
-    What is drawn depends on (seed, epoch) alone: the order, and which transitions become identity
-    actions. With several processes, each takes its share of the same global batch. Raises
-    ValueError where a global batch is larger than the training part.
+    What is drawn depends on (seed, epoch) alone: the order, and which share `identity` of the
+    transitions becomes "no motion". An epoch is one pass, or `steps_per_epoch` batches, for which
+    a small scan is gone through several times. With several processes, each takes its share of the
+    same global batch. Raises ValueError where a batch is larger than the training part.
     """
 
     def __init__(
-        self, data: Transitions, split: Split, batch_size: int, identity: float, seed: int
+        self,
+        data: Transitions,
+        split: Split,
+        batch_size: int,
+        identity: float = 0.0,
+        seed: int = 0,
+        steps_per_epoch: int = 0,
     ):
         super().__init__()
         if batch_size > len(split.train):
@@ -409,25 +417,27 @@ class TransitionsModule(pl.LightningDataModule):
             )
         self.data, self.split, self.batch_size = data, split, batch_size
         self.identity, self.seed = identity, seed
+        self.steps = steps_per_epoch or len(split.train) // batch_size
 
-    def _loader(self, indices: NDArray, identity: NDArray, whole: bool) -> DataLoader:
+    def _loader(self, indices: NDArray, identity: NDArray) -> DataLoader:
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size}: not a multiple of {world} processes")
-        stop = len(indices) if whole else len(indices) // self.batch_size * self.batch_size
-        starts = range(0, stop, self.batch_size)
-        cut = [slice(s + rank, min(s + self.batch_size, stop), world) for s in starts]
+        starts = range(0, len(indices), self.batch_size)
+        cut = [slice(start + rank, start + self.batch_size, world) for start in starts]
         batches = _Batches(self.data, [indices[c] for c in cut], [identity[c] for c in cut])
         return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def train_dataloader(self) -> DataLoader:
         epoch = self.trainer.current_epoch if self.trainer else 0
         draw = np.random.default_rng((self.seed, epoch))
-        order = draw.permutation(self.split.train)
-        return self._loader(order, draw.random(len(order)) < self.identity, whole=False)
+        count = self.steps * self.batch_size
+        passes = range(-(-count // len(self.split.train)))
+        order = np.concatenate([draw.permutation(self.split.train) for _ in passes])[:count]
+        return self._loader(order, draw.random(count) < self.identity)
 
     def val_dataloader(self) -> DataLoader:
         # Every transition once as it is and once as the identity: the single-frame prediction.
         indices = np.repeat(self.split.val, 2)
-        return self._loader(indices, np.arange(len(indices)) % 2 == 1, whole=True)
+        return self._loader(indices, np.arange(len(indices)) % 2 == 1)

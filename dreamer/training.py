@@ -55,10 +55,10 @@ class TrainingConfig(BaseModel):
     """How a run is trained and split. Unknown fields and values out of range are refused.
 
     `composed`, `imagined`, `feature`, `reconstruction`: the loss weights. `identity`: share of
-    training pairs that become "no motion". `split`: patient, blocks (one scan, in time) or auto
-    (patient where there are three). `val`, `test`: patients, a number or names. `patience`: epochs
-    without a better validation loss before stopping; 0 never stops. `precision`: bf16 needs a
-    machine that has it; auto takes it where it does. `steps_per_epoch`: 0 takes all.
+    training pairs that become "no motion". `steps_per_epoch`: 0 is one pass over the data.
+    `patience`: epochs without a better validation loss before stopping, 0 never stops. `split`:
+    patient, blocks (one scan, in time) or auto (patient where there are three). `val`, `test`:
+    patients, a number or names. `precision`: auto is bf16 where the machine has it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,8 +81,8 @@ class TrainingConfig(BaseModel):
     split: Literal["auto", "patient", "blocks"] = "auto"
     val: int | list[str] = 12
     test: int | list[str] = 24
-    blocks: int = Field(12, ge=6)
-    gap: int = Field(3, ge=0)
+    blocks: int = Field(30, ge=6)
+    gap: int = Field(2, ge=0)
     seed: int = Field(0, ge=0)
     devices: int = Field(1, ge=1)
     nodes: int = Field(1, ge=1)
@@ -411,12 +411,13 @@ def fit(
         write_whole(folder / f"{name}.json", json.dumps(content, indent=1).encode())
 
     identity = training.identity if net.world is not None else 1.0
-    batches = TransitionsModule(data, split, training.batch_size, identity, training.seed)
+    batches = TransitionsModule(
+        data, split, training.batch_size, identity, training.seed, training.steps_per_epoch
+    )
     record = _Record(folder, on_epoch)
     bf16 = training.precision == "bf16" or (training.precision == "auto" and has_bf16())
     trainer = pl.Trainer(
         max_epochs=training.epochs,
-        limit_train_batches=training.steps_per_epoch or None,
         devices=training.devices,
         num_nodes=training.nodes,
         precision="bf16-mixed" if bf16 else "32-true",

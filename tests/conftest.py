@@ -5,8 +5,11 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import pytest
+import torch
 
 matplotlib.use("Agg")
+# Tiny tensors: a second thread only makes them wait, and much so on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
