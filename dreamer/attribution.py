@@ -8,7 +8,7 @@ sampling (Strumbelj & Kononenko 2010), ablation and occlusion. Rollout: Abnar & 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ def known(name: str, kind: str, choices: Sequence[str]) -> str:
 
 
 def answer(pose: Tensor, target: str) -> Tensor:
-    """One number [...] of poses [..., 6]: an axis, or the distance (mm) or turn (deg) to the plane."""
+    """One number [...] of poses [..., 6]: an axis, or distance (mm) or turn (deg) to the plane."""
     if known(target, "target", TARGETS) in poses.AXES:
         return pose[..., poses.AXES.index(target)]
     if target == "translation":
@@ -330,3 +330,32 @@ def attention_grid(
             share = read(weights, "action").mean((0, 2))
         grids.append(to_grid(share, features[p], model.config.token_type))
     return torch.cat(grids)
+
+
+def head_grids(model: CardiacDreamer, features: Tensor) -> Tensor:
+    """What the map's tokens read in each head, [layers, heads, N, h, w]; give few frames."""
+    share = rearrange(read(attention(model, features), "tokens"), "l b k t -> l k b t")
+    return to_grid(share, features, model.config.token_type)
+
+
+def rollout_grids(model: CardiacDreamer, features: Tensor) -> Tensor:
+    """Rollout to the map's tokens after each layer [layers, N, h, w]; give few frames."""
+    share = read(rollout(attention(model, features)), "tokens")
+    return to_grid(share, features, model.config.token_type)
+
+
+def strongest(share: Tensor, features: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers [K], shares [K] and own maps [K, h, w] of the channels with the largest |share| [C] in
+    one feature map [C, h, w]."""
+    numbers = share.abs().argsort(descending=True)[:count]
+    return numbers.cpu(), share[numbers].cpu(), features[numbers].cpu()
+
+
+def first_of_each(models: Mapping[str, CardiacDreamer]) -> dict[str, CardiacDreamer]:
+    """The first model of each variant, patch before channel. ValueError where one is neither."""
+    found: dict[str, CardiacDreamer] = {}
+    for run, model in models.items():
+        if model.config.token_type == "none":
+            raise ValueError(f"runs: {run} has no tokens; give runs of patch or channel tokens")
+        found.setdefault(model.config.token_type, model)
+    return dict(sorted(found.items(), reverse=True))
