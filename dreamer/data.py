@@ -332,16 +332,18 @@ def split_by_patient(
 def split_by_blocks(data: Transitions, blocks: int = 30, gap: int = 2) -> Split:
     """Each scan cut in time into `blocks`, of every six one to validate and one to test.
 
-    `gap` records are dropped on either side of every cut, so that near-copies do not straddle it.
+    `gap` records are dropped on either side of a cut between parts, where near-copies would meet.
     For a single scan only: what it measures is interpolation. Raises ValueError if nothing is left.
     """
     deal = ("train", "test", "train", "train", "val", "train")
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for scan in dict.fromkeys(data.scan):
-        own = np.flatnonzero(data.scan == scan)
-        for number, block in enumerate(np.array_split(own, blocks)):
-            stop = len(block) if number == blocks - 1 else len(block) - gap
-            parts[deal[number % len(deal)]] += list(block[gap if number else 0 : stop])
+        cut = np.array_split(np.flatnonzero(data.scan == scan), blocks)
+        names = [deal[number % len(deal)] for number in range(blocks)]
+        for number, (block, name) in enumerate(zip(cut, names, strict=True)):
+            start = gap if number and names[number - 1] != name else 0
+            stop = gap if number + 1 < blocks and names[number + 1] != name else 0
+            parts[name] += list(block[start : len(block) - stop])
     if blocks < 6 or not all(parts.values()):
         raise ValueError(
             f"{blocks} blocks with a gap of {gap} leave "

@@ -147,3 +147,34 @@ def difference(
     else:
         verdict = "not shown"
     return {"estimate": mean, "low": mean - wide, "high": mean + wide, "verdict": verdict}
+
+
+def predict_action_only(
+    data: Transitions, split: Split, motion: str | None = None, steps: int = 400
+) -> pd.DataFrame:
+    """The control without sight: a small network that sees the action alone and says pose 1.
+
+    Trained on the training part, asked about the test part; with `motion`, on transitions of that
+    kind alone. One row a transition, as in `predict`. Better than constant, it shows a leak.
+    """
+    train, test = split.train, split.test
+    if motion is not None:
+        train, test = (part[data.motion[part] == motion] for part in (train, test))
+    mean, spread = data.pose1[train].mean(0), data.pose1[train].std(0).clamp_min(1e-6)
+    unit = data.action[train].std(0).clamp_min(1e-6)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.GELU(), torch.nn.Linear(64, 6))
+        optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.1)
+        for _ in range(steps):
+            pick = torch.from_numpy(train)[torch.randint(len(train), (256,))]
+            said = net(data.action[pick] / unit)
+            loss = torch.nn.functional.smooth_l1_loss(said, (data.pose1[pick] - mean) / spread)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    table = pd.DataFrame({"group": data.patient[test], "row": data.rows[test, 0]})
+    table[TRUE] = data.pose1[test].numpy()
+    with torch.no_grad():
+        table[PREDICTED] = (net(data.action[test] / unit) * spread + mean).numpy()
+    return table
