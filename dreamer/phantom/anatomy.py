@@ -113,7 +113,7 @@ class Patient:
             "ra_width": normal(40, 3),
             "aortic_sinus": normal(34, 3) if male else normal(30, 3),
             "skin_to_heart": normal(17, 1.8),
-            "rib_gap": normal(11.5, 0.8),
+            "rib_gap": normal(14.0, 0.8),
             "rib_angle": normal(30, 4),
         }
         self.gain = normal(0, 2.0)
@@ -125,7 +125,7 @@ class Patient:
             for name in TARGETS
         }
         self.hash = int(rng.integers(1, 2**31 - 1))
-        self.waves = rng.normal(0, 1, (3, 3)) * 2 * math.pi / 70  # 1 / mm: irregular shapes
+        self.waves = np.clip(rng.normal(0, 1, (3, 3)), -1.6, 1.6) * 2 * math.pi / 90  # 1 / mm: irregular shapes
         self.wave_phase = rng.uniform(0, 2 * math.pi, 3)
         self.ripples = rng.uniform(0, 2 * math.pi, 8)
         length = s["lv_length"]
@@ -177,8 +177,6 @@ class Patient:
             "sinus": ((-22, 21, length + 4), (24, 17, length + 8), 4.2),
             "pap_1": ((0.62 * a, -0.52 * a, 0.36 * length), (0.34 * a, -0.3 * a, 0.62 * length), 4.3),
             "pap_2": ((-0.18 * a, 0.78 * a, 0.36 * length), (-0.08 * a, 0.44 * a, 0.62 * length), 4.6),
-            "chorda_1": ((0.34 * a, -0.3 * a, 0.62 * length), (0.3 * a, -0.2 * a, 0.84 * length), 0.9),
-            "chorda_2": ((-0.08 * a, 0.44 * a, 0.62 * length), (0.02 * a, 0.3 * a, 0.84 * length), 0.9),
             "band": ((-a - wall, -4, 0.36 * length), (-a - wall - 26, -14, 0.5 * length), 2.3),
         }  # fmt: skip
         self.tricuspid = np.array([septal - ra + 4.0, 0, zt])
@@ -317,21 +315,21 @@ class Patient:
         thick = thick * (cos * 0.07 + 0.97)
         epi = cavity - thick
         wall = torch.maximum(epi, beyond - 3)
-        lv = torch.maximum(torch.minimum(cavity, tube["lvot"]), beyond)
+        # Muscle ends 3 mm over the mitral plane; the opening reaches through it.
+        lv = torch.maximum(torch.minimum(cavity, tube["lvot"]), beyond - 3.2)
         plane_t = beyond + s["tricuspid_offset"] + (x + 28) * 0.1
         rv = _smooth_min(blob["rv"] + (squeeze * 2.5), tube["rvot"] + squeeze, 6.0)
         rv_in = torch.maximum(rv, torch.minimum(plane_t, y + 24 + (x + 30) * 0.3))
         la = _smooth_min(blob["la"] - squeeze * 1.5, blob["la_lobe"], 8.0)
-        la = torch.minimum(la, torch.minimum(tube["vein_1"], tube["vein_2"]))
-        la_in = torch.maximum(la, -beyond)
+        la_in = torch.minimum(la, torch.minimum(tube["vein_1"], tube["vein_2"]))
+        la_in = torch.maximum(la_in, -beyond)
         ra = _smooth_min(blob["ra"] - squeeze, blob["ra_lobe"], 8.0)
-        ra = torch.minimum(ra, torch.minimum(tube["svc"], tube["ivc"]))
+        cava = torch.minimum(tube["svc"], tube["ivc"])
         root = torch.maximum(tube["aorta"], -(beyond + 2))
-        ra_in = torch.maximum(torch.maximum(ra, -plane_t), 2.4 - torch.minimum(la, root - 0.5))
+        ra_in = torch.maximum(torch.maximum(torch.minimum(ra, cava), -plane_t), 2.4 - torch.minimum(la, root - 0.5))
         la_in = torch.maximum(la_in, 2.2 - root)
         hull = torch.minimum(epi, torch.minimum(rv - 3.2, torch.minimum(la - 2.2, ra - 2.4)))
         hull = _smooth_min(hull, torch.maximum(tube["sinus"] - 4, tube["sinus"]), 6.0)
-        heart_d = torch.minimum(hull, root - 1.6)
 
         label = torch.full_like(x, LABEL["mediastinum"], dtype=torch.uint8)
 
@@ -348,7 +346,8 @@ class Patient:
         paint("lung", lung < 0)
         paint("liver", liver < 0)
         vessel = tube["descending"]
-        paint("heart_wall", (torch.minimum(vessel - 1.4, hull)) < 0)
+        walls = torch.minimum(torch.minimum(vessel, cava) - 1.2, hull)
+        paint("heart_wall", walls < 0)
         paint("pericardium", (hull - 0.9).abs() < 0.9)
         paint("aorta", vessel < 0)
         paint("right_atrium", torch.minimum(ra_in, tube["sinus"]) < 0)
@@ -362,7 +361,7 @@ class Patient:
         paint("heart_wall", (root - 1.6 < 0) & (lv > 0))
         paint("aorta", root < 0)
         pap = torch.minimum(tube["pap_1"], tube["pap_2"])
-        paint("papillary_muscles", torch.minimum(pap, torch.minimum(tube["chorda_1"], tube["chorda_2"])) < 0)  # fmt: skip
+        paint("papillary_muscles", pap < 0)
         valves = self._leaflets(x, y, z, mitral, aortic)
         for name in VALVES:
             paint(name, valves[name] < 0)
@@ -407,11 +406,12 @@ class Patient:
             reach = 0.93 / math.cos(0.42)  # length over hinge radius
             ca, sa = torch.cos(angle), torch.sin(angle)
             inward = hinge - r
-            t = torch.minimum((inward * ca + h * sa).clamp_(min=0), hinge * reach)
-            # A belly: the closed leaflet bows towards the atrium it shuts off.
-            bow = t / (hinge * reach)
-            bow = bow * (1 - bow) * (4 * 1.6)
-            d = ((inward - t * ca).square_() + (h - t * sa + bow).square_()).sqrt_()
+            along = inward * ca + h * sa
+            t = torch.minimum(along.clamp(min=0), hinge.mul_(reach))
+            # A belly: the closed leaflet bows towards the chamber it shuts off.
+            bow = t / hinge
+            bow = bow * (1 - bow) * 5.0
+            d = torch.hypot(along - t, h * ca - inward * sa + bow)
             found[name] = d - (0.95 if name != "aortic_valve" else 0.75)
         return found
 

@@ -25,7 +25,7 @@ APEX, RADIUS, HALF_ANGLE, DEPTH = (111.5, -1.0), 221.0, math.radians(30.7), 160.
 NEAR = 52.0  # mm: nothing of the chest wall lies deeper
 GRID = 7  # cells of the occupancy grid, per side
 SIZES = (32, 1024)
-CHUNK = 8  # frames computed at once; results do not depend on how many are asked for
+CHUNK = 4  # frames computed at once; results do not depend on how many are asked for
 VOXEL = 0.6  # mm, edge of a scatterer's cell
 
 # name: echo strength dB, attenuation left after time-gain compensation dB/cm
@@ -35,18 +35,18 @@ TISSUE = {
     "left_atrium": (-60, -0.15),
     "right_atrium": (-60, -0.15),
     "aorta": (-60, -0.15),
-    "myocardium": (-38, 0.3),
+    "myocardium": (-40, 0.3),
     "septum": (-29, 0.3),
     "papillary_muscles": (-33, 0.3),
     "mitral_valve": (-24, 0.5),
     "tricuspid_valve": (-25, 0.5),
     "aortic_valve": (-24, 0.5),
-    "heart_wall": (-34, 0.4),
-    "pericardium": (-27, 0.8),
-    "mediastinum": (-41, 0.6),
-    "lung": (-41, 2.5),
+    "heart_wall": (-37, 0.4),
+    "pericardium": (-33, 0.8),
+    "mediastinum": (-42, 0.9),
+    "lung": (-42, 2.5),
     "liver": (-38, 0.5),
-    "chest_wall": (-34, 0.5),
+    "chest_wall": (-40, 0.5),
     "ribs": (-28, 28.0),
 }
 _MASK = 2**18 - 1
@@ -66,7 +66,7 @@ class Sector:
 
     def __init__(self, size: int, device: torch.device):
         self.size, self.device = size, device
-        self.beams, self.samples = 24 + round(0.5 * size), round(1.5 * size) + 8
+        self.beams, self.samples = 20 + round(0.42 * size), round(1.3 * size) + 8
         self.dr = DEPTH / (self.samples - 1)
         self.near = min(self.samples, math.ceil(NEAR / self.dr))
         self.theta = torch.linspace(-HALF_ANGLE, HALF_ANGLE, self.beams, dtype=torch.float64)
@@ -77,13 +77,13 @@ class Sector:
         points = self.direction[:, :, None] * depth
         self.points = torch.stack((points[0], torch.zeros_like(points[0]), points[1])).flatten(1)
         # Point spread: a pulse of constant length, a beam that is narrowest at its focus.
-        sigma = 0.60 / self.dr
+        sigma = 0.75 / self.dr
         reach = max(1, math.ceil(2.2 * sigma))
         pulse = torch.exp(-((torch.arange(reach + 1) / sigma) ** 2) / 2)
         norm = (pulse[0] ** 2 + 2 * (pulse[1:] ** 2).sum()).sqrt()
         self.pulse = (pulse / norm).tolist()
         step = math.degrees(2 * HALF_ANGLE / (self.beams - 1))
-        width = (0.72 + 0.9 * ((self.r - 75) / 85) ** 2) / step
+        width = (0.85 + 0.9 * ((self.r - 75) / 85) ** 2) / step
         self.reach = max(1, math.ceil(2.2 * float(width.max())))
         taps = torch.exp(-((torch.arange(self.reach + 1)[:, None] / width) ** 2) / 2)
         taps = taps / (taps[0] ** 2 + 2 * (taps[1:] ** 2).sum(0)).sqrt()
@@ -145,12 +145,13 @@ class Sector:
             out[:, :-k].addcmul_(field[:, k:], self.beam[k])
         return out
 
-    def lookup(self, material: tuple[Tensor, ...], offset: int) -> tuple[Tensor, Tensor]:
-        """Complex white scatterers at material points, mm: the same point, the same scatterer."""
+    def lookup(self, material: tuple[Tensor, ...], offset: int, cell: float):
+        """Complex white field [2] at material points, mm, in cubes of edge `cell`: the same point,
+        the same scatterer."""
         index = None
         for axis, prime in zip(material, (73856093, 19349663, 83492791), strict=True):
-            cell = (axis * (1 / VOXEL)).floor_().to(torch.int32).mul_(prime)
-            index = cell.add_(offset) if index is None else index.bitwise_xor_(cell)
+            number = (axis * (1 / cell)).floor_().to(torch.int32).mul_(prime)
+            index = number.add_(offset) if index is None else index.bitwise_xor_(number)
         first = (index ^ (index >> 15)).bitwise_and_(_MASK)
         second = (index + 97531).bitwise_and_(_MASK)
         return tuple(
@@ -261,8 +262,8 @@ def _frames(patient: Patient, pose: Tensor, phase: Tensor, without, target: str,
     reverb, contact = _near_field(patient, to_chest, grid)
     weight = contact[:, :, None]
     haze = torch.exp(-grid.depth / 60) * 0.9 + 0.25
-    haze = haze * (patient.clutter * 10 ** (-55 / 20))
-    floor = patient.noise * 10 ** (-70 / 20) * 10 ** (grid.depth * (9 / 160 / 20))
+    haze = haze * (patient.clutter * 10 ** (-53.5 / 20))
+    floor = patient.noise * 10 ** (-67 / 20) * 10 ** (grid.depth * (9 / 160 / 20))
     parts = []
     for k, part in enumerate((re, im)):
         part = grid.spread(part).mul_(weight)
@@ -277,7 +278,7 @@ def _frames(patient: Patient, pose: Tensor, phase: Tensor, without, target: str,
     smooth = grey.mul(0.6)
     smooth[:, 1:].add_(grey[:, :-1], alpha=0.2)
     smooth[:, :-1].add_(grey[:, 1:], alpha=0.2)
-    image = grid.convert(smooth.clamp_(0, 1).pow_(1.6).mul_(255))
+    image = grid.convert(smooth.clamp_(0, 1).pow_(2.05).mul_(255))
     return image, *grid.truth(scene.label)
 
 
@@ -298,7 +299,9 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
         soft[:, :hop] += 0.5 * path[:, :hop]
         soft[:, -hop:] += 0.5 * path[:, -hop:]
         path = soft
-    strength.mul_((scene.texture * 0.45).add_(1))
+    # Tissue is patchy: a coarse field, fixed to it too, moves its strength up and down.
+    patch = grid.lookup(scene.material, patient.hash + 7, 3.2)[0]
+    strength.mul_(patch.mul_(0.45).add_(scene.texture, alpha=0.65).exp_())
 
     # Muscle shines where its fibres lie across the beam.
     x, y, _ = scene.material
@@ -313,19 +316,21 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
 
     shine = _bell(scene.blood - 0.5, 1.1).mul_(_along(scene.blood, grid.dr).square_()).mul_(0.035)
     direct = _along(scene.heart, grid.dr)
-    shine.addcmul_(_bell(scene.heart - 0.9, 1.2), direct.square_(), value=0.30)
+    deep = torch.sigmoid((grid.depth - 85) / 14) * 0.30 + 0.02
+    direct = direct.pow_(3).mul_(_bell(scene.heart - 0.9, 1.4)).mul_(deep)
+    shine.addcmul_(direct, (scene.texture * 1.4).exp_())
     shine.addcmul_(_bell(scene.border, 1.3), _along(scene.border, grid.dr).square_(), value=0.06)
     near = chest[..., : grid.near]
     z = near[:, 2] - patient.skin(near[:, 0], near[:, 1])
     wall, lines = patient.size["skin_to_heart"], patient.ripples
     if without != "chest_wall":
-        for k, (at, high) in enumerate(((0.16, 0.08), (0.42, 0.04), (0.62, 0.06), (0.93, 0.05))):
+        for k, (at, high) in enumerate(((0.16, 0.05), (0.42, 0.02), (0.62, 0.035), (0.93, 0.02))):
             bent = z + torch.sin(near[:, 0] * 0.33 + near[:, 1] * 0.21 + float(lines[k])) * 0.5
             shine[..., : grid.near].add_(_bell(bent - at * wall, 0.8), alpha=high)
     if without != "ribs":
         ribs = patient.rib_distance(near[:, 0], near[:, 1], z)
         shine[..., : grid.near].addcmul_(_bell(ribs, 1.0), _along(ribs, grid.dr).square_(), value=0.1)
-    noise = grid.lookup(scene.material, patient.hash)
+    noise = grid.lookup(scene.material, patient.hash, VOXEL)
     path = path * torch.exp(torch.linspace(-0.2, 0.9, grid.samples, device=grid.device))
     re = torch.addcmul(shine * (noise[0] * 0.35 + 0.6), strength, noise[0]).mul_(path)
     im = torch.addcmul(shine * (noise[1] * 0.35), strength, noise[1]).mul_(path)
@@ -341,19 +346,20 @@ def _near_field(patient: Patient, to_chest: Tensor, grid: Sector) -> tuple[Tenso
     face[0] = grid.theta.sin() / math.sin(HALF_ANGLE) * 9
     at = torch.baddbmm(to_chest[:, :3, 3:], to_chest[:, :3, :3], face.expand(len(to_chest), 3, -1))
     gap = patient.skin(at[:, 0], at[:, 1]) - at[:, 2]
-    contact = torch.sigmoid((4.2 - gap) / 0.55).float().to(device)
+    contact = torch.sigmoid((5.2 - gap) / 0.6).float().to(device)
     ripple = sum(
-        torch.sin(grid.theta * (5 + 4 * k) + float(p)) for k, p in enumerate(patient.ripples[:4])
+        torch.sin(grid.theta * (3 + 3 * k) + float(p)) for k, p in enumerate(patient.ripples[:4])
     )
-    contact = contact * (1 + 0.12 * ripple).clamp(min=0.3).float().to(device)
+    contact = contact * (1 + 0.2 * ripple).clamp(min=0.2).float().to(device)
     r = grid.depth[: grid.near]
     arcs = torch.zeros(2, grid.beams, grid.near, device=device)
     theta = grid.theta.float().to(device)[:, None]
-    for k in range(1, 5):
-        wave = torch.sin(theta * (6 + 5 * k) + float(patient.ripples[k])) * 0.5 + 0.7
+    for k, high in enumerate((0.10, 0.16, 0.28, 0.05), 1):
+        wave = torch.sin(theta * (6 + 5 * k) + float(patient.ripples[k])) * 0.5 + 0.6
+        wave = wave * torch.exp(-((theta - 0.1 * math.sin(patient.ripples[k])) / 0.22).square())
         bend = 0.8 * torch.cos(theta * 3 + float(patient.ripples[k + 3]))
         at_depth = k * (5.2 + 0.6 * math.sin(patient.ripples[5])) + bend
-        arc = torch.exp(-(((r - at_depth) / 0.7) ** 2)) * wave * 0.5 ** (k - 1) * 0.12
+        arc = torch.exp(-(((r - at_depth) / 0.7) ** 2)) * wave * high
         phase = float(patient.ripples[k]) + theta * 9
         arcs[0] += arc * torch.cos(phase)
         arcs[1] += arc * torch.sin(phase)

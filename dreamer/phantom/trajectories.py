@@ -35,12 +35,12 @@ def search(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
 
     Each axis is settled at its own pace, with hesitation that dies down towards the end.
     """
-    start = np.clip(rng.standard_normal(6), -2.2, 2.2) * 1.7
+    start = np.clip(rng.standard_normal(6), -1.7, 1.7) * 1.75
     pace = rng.uniform(0.6, 1.5, 6)
     time = np.linspace(0, 1, count)[:, None] if count > 1 else np.ones((1, 1))
     left = (1 - time) ** pace
     speed, shift = rng.uniform(4, 14, (3, 6)), rng.uniform(0, 2 * np.pi, (3, 6))
-    wander = np.sin(time[:, None] * speed + shift).sum(1) * 0.36
+    wander = np.sin(time[:, None] * speed + shift).sum(1) * 0.33
     return (start * left + wander * (0.12 + 0.88 * np.sqrt(1 - time))) * SPREAD
 
 
