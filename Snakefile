@@ -6,7 +6,8 @@
     snakemake --profile profiles/slurm                the same on a cluster
 
 A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
-takes `runs` for every training. Notebooks that do not exist yet are no steps.
+takes `runs` for every training. Notebooks that do not exist yet are no steps. Each step asks for
+one `trainer`: `make figures` grants one, so that no two share the cores, a cluster as many as run.
 """
 
 import json
@@ -23,11 +24,15 @@ PHANTOM = {  # patients, frames of each, pixels; the presets' models want these 
     "full": (400, 80, 224),
 }
 # What each notebook promises to write into its output folder, beside whatever else it draws.
-PROMISED = {}
+PROMISED = {
+    "05_attention": ("05_reading.csv", "05_gallery.png"),
+    "06_attribution": ("06_scores.csv", "06_verdicts.csv", "06_maps.png"),
+}
 
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
 SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
+FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
 OWN_DATA = config.get("data")
 unknown = set(config) - {"data", "preset", "seeds", "folds", "output", "timeout"}
@@ -46,14 +51,22 @@ if OWN_DATA:
 else:
     patients, frames, size = PHANTOM[PRESET]
     DATA, NAME = f"data/phantom/{patients}x{frames}-{size}px", PRESET
-    DATA_READY = [f"{DATA}/.complete"]
+    DATA_READY = [f"{DATA}.done"]
+    if not Path(DATA).is_dir():  # deleted by hand: the mark beside it says nothing any more
+        Path(DATA_READY[0]).unlink(missing_ok=True)
+if len(FOLDS) > 1 and not len(FOLDS) <= len(DATA_READY) > 2:
+    raise WorkflowError(f"folds={len(FOLDS)} needs data=... with as many scans, three at least")
 
 RUNS = f"data/runs/{NAME}"
 # The committed figures are those of the default; other sizes and other data have their own folder.
 OUTPUT = config.get("output", "figures" if NAME == "laptop" else f"{RUNS}/figures")
 NOTEBOOKS = {p.stem: str(p) for p in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))}
 TRAINING = "02_train"
-TRAINED = [f"{RUNS}/{v}-seed{s}" for v in VARIANTS for s in SEEDS] if TRAINING in NOTEBOOKS else []
+SPLITS = [f"-fold{fold}" for fold in FOLDS] if len(FOLDS) > 1 else [""]
+TRAINED = [
+    f"{RUNS}/{variant}{split}-seed{seed}"
+    for variant in VARIANTS for split in SPLITS for seed in SEEDS if TRAINING in NOTEBOOKS
+]
 TRAINED_DONE = [f"{RUNS}/notebooks/02_train-{Path(run).name}.done" for run in TRAINED]
 
 
@@ -63,6 +76,19 @@ def parameters(step, **given):
     said = {"data": DATA, "output": OUTPUT, "runs": TRAINED, **given}
     said = {name: value for name, value in said.items() if name in takes}
     return json.dumps(preset_parameters(PRESET_FILE, NOTEBOOKS[step]) | said)
+
+
+def training(run):
+    """The parameters of one training, read off its run folder's name."""
+    variant, *fold, seed = run.split("-")
+    given = dict(token_type=variant, seed=int(seed[4:]), run=f"{RUNS}/{run}")
+    given["output"] = f"{RUNS}/tables/{run}"
+    if fold:  # every scan is tested once; the next fold's scans choose the epoch
+        scans, k = [Path(file).parent.name for file in DATA_READY], int(fold[0][4:])
+        preset = preset_parameters(PRESET_FILE, NOTEBOOKS[TRAINING]).get("training", {})
+        parts = dict(test=scans[k :: len(FOLDS)], val=scans[(k + 1) % len(FOLDS) :: len(FOLDS)])
+        given["training"] = {**preset, "split": "patient", **parts}
+    return parameters(TRAINING, **given)
 
 
 def needs(step):
@@ -95,11 +121,11 @@ if not OWN_DATA:
         params:
             data=DATA,
             sizes=dict(patients=patients, frames=frames, size=size),
-        threads: 64
+        threads: 8
         run:
             from dreamer.phantom import generate
 
-            generate(params.data, target="A4C", seed=0, **params.sizes)
+            generate(params.data, seed=0, **params.sizes)
 
 
 rule train:
@@ -107,26 +133,20 @@ rule train:
         NOTEBOOKS.get(TRAINING, []),
         DATA_READY,
     output:
-        touch(f"{RUNS}/notebooks/02_train-{{variant}}-seed{{seed}}.done"),
+        touch(f"{RUNS}/notebooks/02_train-{{run}}.done"),
     log:
-        f"{RUNS}/notebooks/02_train-{{variant}}-seed{{seed}}.ipynb",
+        f"{RUNS}/notebooks/02_train-{{run}}.ipynb",
     params:
-        parameters=lambda wildcards: parameters(
-            TRAINING,
-            token_type=wildcards.variant,
-            seed=int(wildcards.seed),
-            run=f"{RUNS}/{wildcards.variant}-seed{wildcards.seed}",
-            output=f"{RUNS}/{wildcards.variant}-seed{wildcards.seed}/figures",
-        ),
+        parameters=lambda wildcards: training(wildcards.run),
         promised=[
-            f"--output {RUNS}/{{variant}}-seed{{seed}}/figures/{name}"
+            f"--output {RUNS}/tables/{{run}}/{name}"
             for name in PROMISED.get(TRAINING, ())
         ],
-    threads: 64  # all there are: two trainings never share the cores
+    threads: 8
     resources:
         trainer=1,
     shell:
-        RUN
+        RUN + f" --run {RUNS}/{{wildcards.run}}"
 
 
 for step in NOTEBOOKS:
@@ -146,7 +166,9 @@ for step in NOTEBOOKS:
         params:
             parameters=parameters(step),
             promised=[f"--output {OUTPUT}/{name}" for name in PROMISED.get(step, ())],
-        threads: 64  # timings and attributions want the machine for themselves
+        threads: 8
+        resources:
+            trainer=1,
         shell:
             RUN
 

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,23 @@ def run_notebook(
         raise NotebookError(f"{notebook}: ran to its end, but {told}; see {executed}")
 
 
+def set_aside(run: str | Path, parameters: Mapping[str, Any]) -> None:
+    """Move a run folder that was begun with other parameters to `<run>.before`; one is kept.
+
+    A run goes on only with the configuration it was begun with, which stands beside it in
+    `<run>.json`; so a changed preset trains anew, and an interrupted training goes on.
+    """
+    run, wanted = Path(run), json.dumps(dict(parameters), sort_keys=True, indent=1)
+    card, before = run.with_name(f"{run.name}.json"), run.with_name(f"{run.name}.before")
+    if run.exists() and (not card.exists() or card.read_text(encoding="utf-8") != wanted):
+        shutil.rmtree(before, ignore_errors=True)
+        run.rename(before)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    part = card.with_suffix(".part")
+    part.write_text(wanted, encoding="utf-8")
+    part.replace(card)
+
+
 def begin() -> None:
     """First call of a notebook: work from the project's root, refuse unknown parameters.
 
@@ -204,7 +222,8 @@ def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
         for process in psutil.wait_procs([process for process, _ in alive], timeout=10)[1]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        snakemake = [sys.executable, "-m", "snakemake", "--cores", "all", *arguments]
+        snakemake = [sys.executable, "-m", "snakemake", "--cores", "all"]
+        snakemake += ["--resources", "trainer=1", *arguments]
         environment = {**os.environ, OWNER: str(root)}
         if any((root / ".snakemake" / "locks").glob("*")):
             subprocess.run([*snakemake, "--unlock"], env=environment, cwd=root, check=True)
@@ -216,10 +235,14 @@ def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
         lock.write(str(child.pid))
         lock.flush()
 
-        def forward(number: int, _: object) -> None:
-            child.send_signal(number)
+        def end(*_: object) -> None:  # Snakemake itself would wait for a training's end
+            child.terminate()
+            for process, owned in _pipelines(root):
+                if owned and process.pid != child.pid:
+                    with contextlib.suppress(psutil.Error):
+                        process.terminate()
 
-        signal.signal(signal.SIGTERM, forward)
+        signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C reaches the child too
         return child.wait()
 
@@ -239,6 +262,7 @@ def main() -> int:
     parser.add_argument("-f", action="append", default=[], metavar="FILE", help="parameters")
     parser.add_argument("-p", action="append", default=[], nargs=2, metavar=("NAME", "YAML"))
     parser.add_argument("-y", action="append", default=[], metavar="YAML", help="parameters")
+    parser.add_argument("--run", help="the run folder, set aside if begun with other parameters")
     parser.add_argument("--timeout", type=float, help="seconds for each cell")
     given = parser.parse_args()
     try:
@@ -248,6 +272,8 @@ def main() -> int:
         for text in given.y:
             values |= yaml.safe_load(text)
         values |= {name: yaml.safe_load(text) for name, text in given.p}
+        if given.run:
+            set_aside(given.run, values)
         run_notebook(given.notebook, values, given.executed, given.output, timeout=given.timeout)
     except NotebookError as error:
         print(error, file=sys.stderr)

@@ -6,13 +6,10 @@ that the notebooks wrote, and the executed notebooks stand beside it as HTML.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import platform
 import re
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +21,19 @@ from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
-VERSIONS = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy")
+from dreamer.training import versions, write_whole
+
 SHOWN_ROWS = 24  # a longer table is only linked
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def _machine() -> dict[str, str]:
-    """What the page was made on: processor, memory, GPU, system, versions."""
-    import torch
-
+    """What the page was made on: versions, commit and date, and how large the machine is."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         processor = named[1] if named else processor
-    return {
-        "processor": f"{processor}, {os.cpu_count()} cores",
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GB",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "system": f"{platform.system()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in VERSIONS),
-    }
-
-
-def _commit() -> str:
-    """The commit at hand, marked where files differ from it; empty outside a git checkout."""
-    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    size = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
+    return versions() | {"processor": processor, "size": size}
 
 
 def _title(book: nbformat.NotebookNode, otherwise: str) -> str:
@@ -117,7 +92,8 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
     for file in sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb")):
         title, body = notebook_html(file)
         text = template.render(title=title, body=body, **common)
-        _write(output / "notebooks" / f"{file.stem}.html", text)
+        (output / "notebooks").mkdir(parents=True, exist_ok=True)
+        write_whole(output / "notebooks" / f"{file.stem}.html", text.encode())
         books.append({"file": f"notebooks/{file.stem}.html", "title": title, "stem": file.stem})
     figures = []
     for file in sorted(output.glob("[0-9][0-9]_*.json")):
@@ -138,10 +114,9 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
     ]
     verdicts = [pd.read_csv(f, dtype=str).fillna("") for f in sorted(output.glob("*_verdicts.csv"))]
     rows = [row for frame in verdicts for row in frame.to_dict("records")]
-    facts = {**_machine(), "commit": _commit(), "date": datetime.date.today().isoformat()}
     page = template.render(
         title="Cardiac Dreamer: patch or channel tokens?", verdicts=rows, sections=sections,
-        books=[b for b in books if b["stem"][:2] not in numbers], facts=facts, **common,
+        books=[b for b in books if b["stem"][:2] not in numbers], facts=_machine(), **common,
     )  # fmt: skip
-    _write(output / "index.html", page)
+    write_whole(output / "index.html", page.encode())
     return output / "index.html"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 import nbformat
+import pandas as pd
 import pytest
 import torch
 
@@ -32,3 +33,40 @@ def make_notebook():
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    """A small page with a figure, verdicts, a short and a long table and a notebook."""
+    import matplotlib.pyplot as plt
+
+    from dreamer.figures import save
+    from dreamer.report import write_page
+
+    folder = tmp_path_factory.mktemp("page")
+    fig, axis = plt.subplots(figsize=(8, 3))
+    axis.plot([0, 1], [0, 1])
+    axis.set_xlabel("mm")
+    save(fig, folder, "04_line", caption="A line & more.", alt="a rising line", n="3 patients")
+    plt.close(fig)
+    pd.DataFrame({
+        "claim": ["patch <is> better"], "published": ["yes"], "measured": ["0.1 mm"],
+        "interval": ["-0.1 to 0.3"], "verdict": ["undecided"], "config": ["laptop"], "n": ["24"],
+    }).to_csv(folder / "04_verdicts.csv", index=False)  # fmt: skip
+    pd.DataFrame({"axis": list("xyz"), "error in mm": [1.23456, 2, 3]}).to_csv(
+        folder / "04_short.csv", index=False
+    )
+    pd.DataFrame({"k": range(100)}).to_csv(folder / "04_long.csv", index=False)
+    book = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_markdown_cell("# 04 Compare: which?"),
+        nbformat.v4.new_code_cell("1 + 1", outputs=[
+            nbformat.v4.new_output("execute_result", {"text/plain": "two"}),
+            nbformat.v4.new_output("display_data", {
+                "application/vnd.jupyter.widget-view+json": {}, "text/plain": "spinning"}),
+            nbformat.v4.new_output("stream", name="stderr", text="spinning"),
+            nbformat.v4.new_output("display_data", {"text/html": "<script>alert()</script>x"}),
+        ]),
+    ])  # fmt: skip
+    (folder / "books").mkdir()
+    nbformat.write(book, folder / "books" / "04_compare.ipynb")
+    return write_page(folder, folder / "books")

@@ -11,6 +11,7 @@ from dreamer.pipeline import (
     preset_parameters,
     read_parameters,
     run_notebook,
+    set_aside,
 )
 
 BEGIN = "from dreamer.pipeline import begin\nbegin()"
@@ -116,3 +117,14 @@ def test_parameter_files_are_checked(tmp_path, text, told):
         read_parameters(tmp_path / "p.yaml")
     with pytest.raises(NotebookError, match="no such parameter file"):
         read_parameters(tmp_path / "q.yaml")
+
+
+def test_a_run_with_other_parameters_is_set_aside(tmp_path):
+    run = tmp_path / "runs" / "patch-seed0"
+    set_aside(run, {"d_model": 8})
+    run.mkdir()
+    (run / "weights").write_text("8")
+    set_aside(run, {"d_model": 8})
+    assert (run / "weights").read_text() == "8"
+    set_aside(run, {"d_model": 16})
+    assert not run.exists() and (run.with_name("patch-seed0.before") / "weights").exists()

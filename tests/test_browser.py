@@ -1,0 +1,164 @@
+"""A real browser: the page at two widths, and a notebook run in JupyterLab."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Debian chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module", params=["made", "committed"])
+def index(request, root, page):
+    """The small page of the tests, and the committed one."""
+    file = page if request.param == "made" else root / "figures" / "index.html"
+    if not file.exists():
+        pytest.skip("figures/index.html is not there yet: make figures")
+    return file
+
+
+@pytest.fixture(scope="module")
+def served(index):
+    """The page's folder over HTTP on loopback, as a repository's pages would serve it."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=index.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/index.html"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "scheme", "where"),
+    [(390, 844, "light", "disk"), (390, 844, "dark", "http"), (1440, 900, "dark", "disk")],
+)
+def test_page_at_phone_and_desktop(browser, index, served, tmp_path, width, height, scheme, where):
+    address = index.as_uri() if where == "disk" else served
+    home = address.rsplit("/", 1)[0]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme
+    )
+    view, asked, failed = context.new_page(), [], []
+    view.on("request", lambda request: asked.append(request.url))
+    view.on("requestfailed", lambda request: failed.append(request.url))
+    view.goto(address, wait_until="load")
+    sizes = view.evaluate(
+        "Array.from(document.images).map(i => [i.src, i.complete && i.naturalWidth, i.alt])"
+    )
+    assert sizes and all(width and alt for _, width, alt in sizes), sizes
+    assert not failed
+    assert all(url.startswith((home, "data:")) for url in asked), asked
+    # What is too wide (tables) scrolls in its own box; the page itself does not.
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 300) == (scheme == "dark")
+    view.screenshot(path=tmp_path / "page.png", full_page=True)
+    context.close()
+
+
+@pytest.fixture
+def lab(root, tmp_path):
+    """JupyterLab on loopback over a folder with the notebooks; its address with the token."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = {
+        name: str(tmp_path / name)
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
+                     "JUPYTERLAB_WORKSPACES_DIR", "JUPYTER_DATA_DIR")
+    }  # fmt: skip
+    with open(tmp_path / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1",
+             f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--allow-root",
+             "--IdentityProvider.token=a-test", f"--ServerApp.root_dir={tmp_path}",
+             "--LabApp.news_url=", "--LabApp.check_for_updates_class="
+             "jupyterlab.NeverCheckForUpdate"],
+            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **folder},
+        )  # fmt: skip
+        try:
+            for _ in range(120):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1)
+                    break
+                except OSError:
+                    assert server.poll() is None, (tmp_path / "lab.log").read_text()
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=a-test&reset"
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def parameterised(root: Path, notebook: str, target: Path, **values) -> Path:
+    """A copy of a notebook whose parameters cell has other values, as a user would edit it."""
+    book = nbformat.read(root / "notebooks" / notebook, as_version=4)
+    (cell,) = [c for c in book.cells if "parameters" in c.metadata.get("tags", [])]
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(book, target)
+    return target
+
+
+@pytest.mark.slow
+def test_training_notebook_in_jupyterlab(browser, root, lab, tmp_path):
+    notebook = root / "notebooks" / "02_train.ipynb"
+    if not notebook.exists():
+        pytest.skip("notebooks/02_train.ipynb is not there yet")
+    import yaml
+
+    from dreamer.phantom import generate
+
+    smoke = yaml.safe_load((root / "notebooks" / "parameters" / "smoke.yaml").read_text())
+    data = generate(tmp_path / "scans", patients=4, frames=4, size=32)
+    parameterised(
+        root, notebook.name, tmp_path / "work" / "02_train.ipynb", **smoke, data=str(data),
+        token_type="channel", run=str(tmp_path / "run"), output=str(tmp_path / "figures"),
+    )  # fmt: skip
+    view = browser.new_page(viewport={"width": 1400, "height": 1000})
+    view.goto(lab.format("work/02_train.ipynb"))
+    view.locator(".jp-NotebookPanel-toolbar").wait_for(timeout=90_000)
+    view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=90_000)
+    view.get_by_role("menuitem", name="Run", exact=True).click()
+    view.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    last = tmp_path / "figures"
+    for _ in range(240):
+        view.wait_for_timeout(500)
+        assert not view.locator(".jp-RenderedText .ansi-red-fg").count(), "a cell failed"
+        if list(last.glob("02_*.csv")) and view.locator(".jp-OutputArea table").count():
+            break
+    view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=90_000)
+    assert view.locator(".jp-OutputArea table").count(), "no table was shown"
+    view.locator(".jp-OutputArea table").last.scroll_into_view_if_needed()
+    shot = tmp_path / "lab.png"
+    view.screenshot(path=shot)
+    assert shot.stat().st_size > 10_000
+    view.close()
