@@ -20,6 +20,7 @@ Distributions (mean, SD) of adults, women / men:
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -125,7 +126,8 @@ class Patient:
             for name in TARGETS
         }
         self.hash = int(rng.integers(1, 2**31 - 1))
-        self.waves = np.clip(rng.normal(0, 1, (3, 3)), -1.6, 1.6) * 2 * math.pi / 90  # 1 / mm: irregular shapes
+        # Slow waves, 1 / mm, that make every shape irregular.
+        self.waves = np.clip(rng.normal(0, 1, (3, 3)), -1.6, 1.6) * 2 * math.pi / 90
         self.wave_phase = rng.uniform(0, 2 * math.pi, 3)
         self.ripples = rng.uniform(0, 2 * math.pi, 8)
         length = s["lv_length"]
@@ -151,21 +153,22 @@ class Patient:
         valve = out * (0.62 * self.annulus + root * 0.62) + [0, 0, length + 1]
         up = np.array([-0.05, -0.42, 0.9])
         self.aortic = (valve, up / np.linalg.norm(up), root * 0.82)
-        # name: centre, radii (mm)
-        self.ellipsoids = {
-            "rv": ((septal - 3.5 - normal(0, 1), -7, zt - 14), (s["rv_basal"] - 1, 34, s["rv_length"] - 16)),
-            "la": ((1 + normal(0, 1.2), 1, length + 0.36 * s["la_length"]),
-                   (s["la_width"] / 2, s["la_width"] / 2 - 1, 0.64 * s["la_length"])),
-            "la_lobe": ((7 + normal(0, 1.5), 5 + normal(0, 1.5), length + 0.55 * s["la_length"]),
-                        (16, 15, 0.42 * s["la_length"])),
-            "ra": ((septal - ra + 3, 3, zt + 0.33 * s["ra_length"]), (ra, ra + 2, 0.66 * s["ra_length"])),
-            "ra_lobe": ((septal - ra - 3, -7 + normal(0, 1.5), zt + 0.4 * s["ra_length"]),
-                        (ra - 3, ra - 2, 0.45 * s["ra_length"])),
-            "liver": ((-25 + normal(0, 4), 40 + 95 + normal(0, 2), 45), (95, 95, 95)),
-        }  # fmt: skip
-        back = length + s["la_length"]
-        # name: from, to, radius (mm)
-        self.tubes = {
+        la_l, la_r, ra_l = s["la_length"], s["la_width"] / 2, s["ra_length"]
+        back = length + la_l
+        # fmt: off
+        self.ellipsoids = {  # centre, radii, mm
+            "rv": ((septal - 3.5 - normal(0, 1), -13, zt - 14),
+                   (s["rv_basal"] + 1, 29, s["rv_length"] - 16)),
+            "la": ((1 + normal(0, 1.2), 1, length + 0.36 * la_l), (la_r, la_r - 1, 0.64 * la_l)),
+            # The left appendage reaches forward and to the side.
+            "la_lobe": ((17 + normal(0, 1), -15 + normal(0, 1), length + 0.22 * la_l),
+                        (13, 12, 0.26 * la_l)),
+            "ra": ((septal - ra + 3, -3, zt + 0.33 * ra_l), (ra, ra, 0.66 * ra_l)),
+            "ra_lobe": ((septal - ra - 3, -14 + normal(0, 1), zt + 0.4 * ra_l),
+                        (ra - 3, ra - 2, 0.45 * ra_l)),
+            "liver": ((-25 + normal(0, 4), 135 + normal(0, 2), 45), (95, 95, 95)),
+        }
+        self.tubes = {  # from, to, radius, mm
             "aorta": (valve, valve + up * 90, root * 0.95),
             "lvot": (valve - up * 12, valve, root * 0.72),
             "rvot": ((-30, -30, length - 32), (2, -46, length + 14), 12.5),
@@ -175,18 +178,19 @@ class Patient:
             "ivc": ((septal - 16, 14, zt + 24), (septal - 14, 70, zt + 24), 9.5),
             "descending": ((22, -90, back + 16), (13 + normal(0, 1.5), 90, back + 6), 11.5),
             "sinus": ((-22, 21, length + 4), (24, 17, length + 8), 4.2),
-            "pap_1": ((0.62 * a, -0.52 * a, 0.36 * length), (0.34 * a, -0.3 * a, 0.62 * length), 4.3),
-            "pap_2": ((-0.18 * a, 0.78 * a, 0.36 * length), (-0.08 * a, 0.44 * a, 0.62 * length), 4.6),
+            "pap_1": ((0.62 * a, -0.52 * a, 0.36 * length),
+                      (0.34 * a, -0.3 * a, 0.62 * length), 5.4),
+            "pap_2": ((-0.18 * a, 0.78 * a, 0.36 * length),
+                      (-0.08 * a, 0.44 * a, 0.62 * length), 5.6),
             "band": ((-a - wall, -4, 0.36 * length), (-a - wall - 26, -14, 0.5 * length), 2.3),
-        }  # fmt: skip
+        }
+        # fmt: on
         self.tricuspid = np.array([septal - ra + 4.0, 0, zt])
+        # Every shape is read off linear forms of the point: one matrix product for all.
         rows, shift = [], []
         for centre, radii in self.ellipsoids.values():
-            for axis in range(3):
-                row = np.zeros(3)
-                row[axis] = 1 / radii[axis]
-                rows.append(row)
-                shift.append(-centre[axis] / radii[axis])
+            rows += list(np.diag(1 / np.array(radii)))
+            shift += list(-np.array(centre) / radii)
         for start, end, _ in self.tubes.values():
             start, end = np.asarray(start, float), np.asarray(end, float)
             along = (end - start) / np.linalg.norm(end - start)
@@ -198,21 +202,15 @@ class Patient:
     def place(self, target: str) -> Tensor:
         """The rigid transform [4, 4] from the target plane's probe frame to the heart frame, mm."""
         length, far = self.size["lv_length"], self.size["skin_to_heart"] + 8.0
-        u = np.array([0.5, 0.87, 0.0]) / math.hypot(0.5, 0.87)  # parasternal beam: to inferolateral
-        side = np.array([u[1], -u[0], 0.0])
         axis = np.array([0.0, 0.0, 1.0])
-        front = far + 28  # right ventricle before the left
-        if target == "a4c":
-            look, right, point, depth = axis, np.array([1.0, 0, 0]), np.array([3.0, 0, 0]), far
-        elif target == "plax":
-            look, right, depth = u, axis, front + self.a0
-            point = np.array([0.0, 0, length - 8]) - u * 4
-        elif target == "psax-mv":
-            look, right, depth = u, side, front + self.a0
-            point = np.array([0.0, 0, length - 9])
-        else:
-            look, right, depth = u, side, front + self.a0
-            point = np.array([-4.0, 0, 0]) + [0, 0, self.aortic[0][2] + 4]
+        u = np.array([0.5, 0.87, 0.0]) / math.hypot(0.5, 0.87)  # parasternal beam: to inferolateral
+        side, front = np.array([u[1], -u[0], 0.0]), far + 28 + self.a0  # behind the right ventricle
+        look, right, point, depth = {
+            "a4c": (axis, np.array([1.0, 0, 0]), np.array([3.0, 0, 0]), far),
+            "plax": (u, axis, axis * (length - 8) - u * 4, front),
+            "psax-mv": (u, side, axis * (length - 9), front),
+            "psax-av": (u, side, np.array([-4.0, 0, self.aortic[0][2] + 4]), front),
+        }[target]
         frame = np.eye(4)
         frame[:3, 0], frame[:3, 1], frame[:3, 2] = right, np.cross(look, right), look
         frame[:3, 3] = point - look * depth
@@ -255,12 +253,7 @@ class Patient:
         return x * scale, y * scale, zr
 
     def scene(
-        self,
-        heart: Tensor,
-        chest: Tensor,
-        phase: Tensor,
-        near: int,
-        without: str | None = None,
+        self, heart: Tensor, chest: Tensor, phase: Tensor, near: int, without: str | None = None
     ) -> Scene:
         """What lies at points of the heart frame and the chest frame, both [N, 3, ..., D] mm.
 
@@ -272,12 +265,9 @@ class Patient:
         squeeze, mitral, aortic = (v[:, None].to(flat) for v in self.beat(phase.double()))
         x, y, z = self.motion(*flat.unbind(1), squeeze)
         material = (x, y, z)
-        waves, offset = self.waves, self.wave_phase
         w = [
-            torch.sin(
-                x * float(k[0]) + y * float(k[1]) + torch.add(z * float(k[2]), float(o))
-            )
-            for k, o in zip(waves, offset, strict=True)
+            torch.sin(x * k[0] + y * k[1] + (z * k[2] + o))
+            for k, o in zip(self.waves.tolist(), self.wave_phase.tolist(), strict=True)
         ]
         texture = w[0] * w[1]
         x, y, z = (c + 1.6 * v for c, v in zip((x, y, z), w, strict=True))
@@ -286,20 +276,15 @@ class Patient:
         forms = torch.baddbmm(shift[None, :, None], rows.expand(n, -1, -1), points)
         r2 = torch.addcmul(x * x, y, y)
         p2 = torch.addcmul(r2, z, z)
-        blob, row = {}, 0
+        forms, blob, tube = iter(forms.unbind(1)), {}, {}
         for name, (_, radii) in self.ellipsoids.items():
-            q = forms[:, row : row + 3]
-            k = torch.addcmul(torch.addcmul(q[:, 0] * q[:, 0], q[:, 1], q[:, 1]), q[:, 2], q[:, 2])
-            blob[name] = k.sqrt_().sub_(1).mul_(sum(radii) / 3)
-            row += 3
-        tube = {}
+            k = next(forms).square_()
+            k = k.addcmul_(*[next(forms)] * 2)
+            blob[name] = k.addcmul_(*[next(forms)] * 2).sqrt_().sub_(1).mul_(sum(radii) / 3)
         for name, (start, end, radius) in self.tubes.items():
-            far = float(np.linalg.norm(np.subtract(end, start)))
-            t = forms[:, row].clamp(0, far)
-            d2 = (p2 + forms[:, row + 1]).add_(t * (t - 2 * forms[:, row]))
-            tube[name] = d2.clamp_(min=0).sqrt_().sub_(radius)
-            row += 2
-        del forms
+            q, d2 = next(forms), next(forms).add_(p2)
+            t = q.clamp(0, float(np.linalg.norm(np.subtract(end, start))))
+            tube[name] = d2.addcmul_(t, t - 2 * q).clamp_(min=0).sqrt_().sub_(radius)
 
         s, length = self.size, self.size["lv_length"]
         radius = r2.sqrt()
@@ -308,8 +293,7 @@ class Patient:
         cavity = k0.sqrt_()
         cavity = cavity * (cavity - 1) / k1.sqrt_().add_(1e-4)
         beyond = z - length  # over the mitral plane
-        cos = x * 0.94 + y * 0.34 + torch.zeros_like(x)
-        cos = cos / (radius + 4)  # +1 lateral, -1 septal
+        cos = (x * 0.94 + y * 0.34) / (radius + 4)  # +1 lateral, -1 septal
         # Thin at the apex; the septum a little thinner than the free wall.
         thick = (z * (0.6 / length)).clamp_(0, 0.45).add_(0.55).mul_(s["wall"])
         thick = thick * (cos * 0.07 + 0.97)
@@ -326,7 +310,9 @@ class Patient:
         ra = _smooth_min(blob["ra"] - squeeze, blob["ra_lobe"], 8.0)
         cava = torch.minimum(tube["svc"], tube["ivc"])
         root = torch.maximum(tube["aorta"], -(beyond + 2))
-        ra_in = torch.maximum(torch.maximum(torch.minimum(ra, cava), -plane_t), 2.4 - torch.minimum(la, root - 0.5))
+        ra_in = torch.maximum(
+            torch.maximum(torch.minimum(ra, cava), -plane_t), 2.4 - torch.minimum(la, root - 0.5)
+        )
         la_in = torch.maximum(la_in, 2.2 - root)
         hull = torch.minimum(epi, torch.minimum(rv - 3.2, torch.minimum(la - 2.2, ra - 2.4)))
         hull = _smooth_min(hull, torch.maximum(tube["sinus"] - 4, tube["sinus"]), 6.0)
@@ -365,9 +351,14 @@ class Patient:
         valves = self._leaflets(x, y, z, mitral, aortic)
         for name in VALVES:
             paint(name, valves[name] < 0)
-        lumens = {"left_ventricle": torch.maximum(lv, -pap), "right_ventricle": rv_in, "left_atrium": la_in, "right_atrium": ra_in, "aorta": torch.minimum(root, vessel)}  # fmt: skip
-        lumens.pop(without, None)
-        blood = torch.stack(tuple(lumens.values())).amin(0)
+        lumens = {
+            "left_ventricle": torch.maximum(lv, -pap),
+            "right_ventricle": rv_in,
+            "left_atrium": la_in,
+            "right_atrium": ra_in,
+            "aorta": torch.minimum(root, vessel),
+        }
+        blood = reduce(torch.minimum, [d for name, d in lumens.items() if name != without])
         hull = hull if without != "pericardium" else hull.abs() + 50
 
         label = label.unflatten(1, shape)
@@ -386,33 +377,30 @@ class Patient:
         (aortic), and swings between closed (edges meet on the axis) and open.
         """
         length = self.size["lv_length"]
-        tilt = np.array([-0.1, 0.0, 1.0]) / math.hypot(0.1, 1)
-        root, up, radius = self.aortic
-        specs = {  # centre, outward axis, annulus radius, eccentricity (longer leaflet towards)
-            "mitral_valve": ((0, 0, length), (0, 0, -1.0), self.annulus, (-0.5, -0.87), mitral, 0.25),
-            "tricuspid_valve": (self.tricuspid, -tilt, 15.5, (0.6, -0.8), mitral, 0.2),
-            "aortic_valve": (root, up, radius, (1.0, 0), aortic, 0.0),
-        }  # fmt: skip
+        specs = {  # hinge's centre and axis (into the valve's outflow), radius, longer leaflet
+            "mitral_valve": ((0, 0, length), (0, 0, -1), self.annulus, (-0.5, -0.87), 0.25, mitral),
+            "tricuspid_valve": (self.tricuspid, (0.1, 0, -0.995), 15.5, (0.6, -0.8), 0.2, mitral),
+            "aortic_valve": (*self.aortic, (1, 0), 0.0, aortic),
+        }
         found = {}
-        for name, (centre, axis, ring, longer, opening, uneven) in specs.items():
+        for name, (centre, axis, ring, longer, uneven, opening) in specs.items():
             dx, dy, dz = (c - float(o) for c, o in zip((x, y, z), centre, strict=True))
-            dx = dx + longer[0] * uneven * ring
-            dy = dy + longer[1] * uneven * ring
+            dx.add_(longer[0] * uneven * ring)
+            dy.add_(longer[1] * uneven * ring)
             h = dx * float(axis[0]) + dy * float(axis[1]) + dz * float(axis[2])
-            r = (dx * dx + dy * dy + dz * dz - h * h).clamp_(min=0).sqrt_()
-            cos = (dx * longer[0] + dy * longer[1]) / (r + 1)
-            hinge = ring * (1 + uneven * cos)
+            r = torch.addcmul(dx * dx, dy, dy).addcmul_(dz, dz).addcmul_(h, h, value=-1)
+            r = r.clamp_(min=0).sqrt_()
+            hinge = (dx * longer[0] + dy * longer[1]).div_(r + 1).mul_(ring * uneven).add_(ring)
             angle = 0.42 + opening * 0.85
-            reach = 0.93 / math.cos(0.42)  # length over hinge radius
             ca, sa = torch.cos(angle), torch.sin(angle)
             inward = hinge - r
-            along = inward * ca + h * sa
-            t = torch.minimum(along.clamp(min=0), hinge.mul_(reach))
+            along = torch.addcmul(inward * ca, h, sa)
+            t = torch.minimum(along.clamp(min=0), hinge.mul_(0.93 / math.cos(0.42)))
             # A belly: the closed leaflet bows towards the chamber it shuts off.
             bow = t / hinge
-            bow = bow * (1 - bow) * 5.0
-            d = torch.hypot(along - t, h * ca - inward * sa + bow)
-            found[name] = d - (0.95 if name != "aortic_valve" else 0.75)
+            bow = bow.addcmul_(bow, bow, value=-1).mul_(5.0)
+            found[name] = torch.hypot(along - t, bow.addcmul_(h, ca).addcmul_(inward, sa, value=-1))
+            found[name].sub_(0.75 if name == "aortic_valve" else 0.95)
         return found
 
     def _chest(self, chest: Tensor, near: int, label: Tensor, without: str | None) -> None:
@@ -449,15 +437,9 @@ class Patient:
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
         chest = torch.full_like(grid, 500.0)
         label = self.scene(grid[None], chest[None], torch.tensor([phase]), 1).label[0]
-        inside = label == LABEL[structure]
-        edge = torch.zeros_like(inside)
-        for axis in range(3):
-            here, there = inside.narrow(axis, 0, inside.shape[axis] - 1), inside.narrow(
-                axis, 1, inside.shape[axis] - 1
-            )
-            edge.narrow(axis, 0, inside.shape[axis] - 1).logical_or_(here & ~there)
-            edge.narrow(axis, 1, inside.shape[axis] - 1).logical_or_(there & ~here)
-        found = grid[:, edge].T
+        inside = (label == LABEL[structure]).float()[None, None]
+        edge = (inside > 0) & (-torch.nn.functional.max_pool3d(-inside, 3, 1, 1) == 0)
+        found = grid[:, edge[0, 0]].T
         if not len(found):
             raise ValueError(f"structure {structure!r} has no border near the heart")
         rng = np.random.default_rng(0)

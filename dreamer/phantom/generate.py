@@ -45,7 +45,13 @@ def generate(
     folder begun with the same arguments is finished. Raises ValueError for bad arguments and for a
     folder that holds anything else or was begun with others.
     """
-    arguments = {"patients": patients, "frames": frames, "target": target, "size": size, "seed": seed}
+    arguments = {
+        "patients": patients,
+        "frames": frames,
+        "target": target,
+        "size": size,
+        "seed": seed,
+    }
     for name, least in (("patients", 1), ("frames", 1), ("seed", 0)):
         value = arguments[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -63,7 +69,9 @@ def generate(
     try:
         with (
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-            tqdm(total=patients, initial=patients - len(todo), desc="phantom", unit="patient") as bar,
+            tqdm(
+                total=patients, initial=patients - len(todo), desc="phantom", unit="patient"
+            ) as bar,
         ):
             jobs = {pool.submit(_patient, folder, n, arguments, device) for n in todo}
             try:

@@ -43,7 +43,7 @@ TISSUE = {
     "aortic_valve": (-24, 0.5),
     "heart_wall": (-37, 0.4),
     "pericardium": (-33, 0.8),
-    "mediastinum": (-42, 0.9),
+    "mediastinum": (-43.5, 0.9),
     "lung": (-42, 2.5),
     "liver": (-38, 0.5),
     "chest_wall": (-40, 0.5),
@@ -94,7 +94,9 @@ class Sector:
     def _pixels(self) -> None:
         """Bilinear weights from the polar grid to the pixels inside the sector."""
         scale = self.size / 224
-        row, column = torch.meshgrid(*[torch.arange(self.size, dtype=torch.float64)] * 2, indexing="ij")
+        row, column = torch.meshgrid(
+            *[torch.arange(self.size, dtype=torch.float64)] * 2, indexing="ij"
+        )
         dx = column - ((APEX[0] + 0.5) * scale - 0.5)
         dy = row - ((APEX[1] + 0.5) * scale - 0.5)
         r, theta = torch.hypot(dx, dy) * (DEPTH / (RADIUS * scale)), torch.atan2(dx, dy)
@@ -106,7 +108,12 @@ class Sector:
         d = fd.floor().clamp(0, self.samples - 2)
         u, v = fb - b, fd - d
         base = (b * self.samples + d).long()
-        corners = ((0, (1 - u) * (1 - v)), (1, (1 - u) * v), (self.samples, u * (1 - v)), (self.samples + 1, u * v))
+        corners = (
+            (0, (1 - u) * (1 - v)),
+            (1, (1 - u) * v),
+            (self.samples, u * (1 - v)),
+            (self.samples + 1, u * v),
+        )
         self.corners = [((base + o).to(self.device), w.float().to(self.device)) for o, w in corners]
         nearest = (fb.round() * self.samples + fd.round()).long()
         self.nearest = nearest.to(self.device)
@@ -223,7 +230,9 @@ def render(
             _frames(patient, rows[i : i + CHUNK], phase[i : i + CHUNK], without, target, grid)
             for i in range(0, len(rows), CHUNK)
         ]
-    return Frames(*(torch.cat(f).unflatten(0, lead) if lead else torch.cat(f)[0] for f in zip(*parts)))
+    return Frames(
+        *(torch.cat(f).unflatten(0, lead) if lead else torch.cat(f)[0] for f in zip(*parts))
+    )
 
 
 def _carry(matrix: Tensor, points: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -286,7 +295,9 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
     """The complex echo field before the point spread, attenuated and shadowed: [N, beams, D]."""
     label = scene.label
     index = label.flatten().to(torch.int32)
-    table = torch.tensor([0.0] + [10 ** (TISSUE[s][0] / 20) for s in STRUCTURES], device=grid.device)
+    table = torch.tensor(
+        [0.0] + [10 ** (TISSUE[s][0] / 20) for s in STRUCTURES], device=grid.device
+    )
     loss = torch.tensor([0.0] + [TISSUE[s][1] for s in STRUCTURES], device=grid.device)
     loss = loss * (math.log(10) / 20 / 10 * grid.dr)
     strength = table.index_select(0, index).view(label.shape)
@@ -329,7 +340,9 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
             shine[..., : grid.near].add_(_bell(bent - at * wall, 0.8), alpha=high)
     if without != "ribs":
         ribs = patient.rib_distance(near[:, 0], near[:, 1], z)
-        shine[..., : grid.near].addcmul_(_bell(ribs, 1.0), _along(ribs, grid.dr).square_(), value=0.1)
+        shine[..., : grid.near].addcmul_(
+            _bell(ribs, 1.0), _along(ribs, grid.dr).square_(), value=0.1
+        )
     noise = grid.lookup(scene.material, patient.hash, VOXEL)
     path = path * torch.exp(torch.linspace(-0.2, 0.9, grid.samples, device=grid.device))
     re = torch.addcmul(shine * (noise[0] * 0.35 + 0.6), strength, noise[0]).mul_(path)
