@@ -19,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -397,6 +398,8 @@ def fit(
     }
     _claim(folder, config)
 
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|srun|num_workers).*")
     pl.seed_everything(training.seed, verbose=False)
     net = CardiacDreamer(model, statistics(data, split.train))
     needed = 6 * sum(p.nbytes for p in net.parameters()) + 2**20
