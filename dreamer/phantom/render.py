@@ -174,7 +174,7 @@ class Sector:
         return image.view(-1, self.size, self.size)
 
     def truth(self, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels [N, beams, samples] as pictures [N, S, S] and as occupancy [N, structures, 7, 7]."""
+        """Labels [N, beams, samples] as pictures [N, S, S] and occupancy [N, structures, 7, 7]."""
         n, count = len(label), len(STRUCTURES)
         inside = label.flatten(1).index_select(1, self.nearest)
         image = torch.zeros(n, self.size**2, dtype=torch.uint8, device=label.device)
@@ -230,9 +230,8 @@ def render(
             _frames(patient, rows[i : i + CHUNK], phase[i : i + CHUNK], without, target, grid)
             for i in range(0, len(rows), CHUNK)
         ]
-    return Frames(
-        *(torch.cat(f).unflatten(0, lead) if lead else torch.cat(f)[0] for f in zip(*parts))
-    )
+    fields = (torch.cat(field) for field in zip(*parts, strict=True))
+    return Frames(*(f.unflatten(0, lead) if lead else f[0] for f in fields))
 
 
 def _carry(matrix: Tensor, points: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -254,7 +253,7 @@ def _bell(distance: Tensor, width: float) -> Tensor:
 
 
 def _frames(patient: Patient, pose: Tensor, phase: Tensor, without, target: str, grid: Sector):
-    device, n = grid.device, len(pose)
+    device = grid.device
     shape = (grid.beams, grid.samples)
     to_chest = poses.to_matrix(pose)
     to_heart = patient.place(target) @ to_chest
@@ -351,7 +350,7 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
 
 
 def _near_field(patient: Patient, to_chest: Tensor, grid: Sector) -> tuple[Tensor, Tensor]:
-    """Reverberation in the probe, complex [2, beams, near], and the contact of each beam [N, beams].
+    """Reverberation in the probe, complex [2, beams, near], and each beam's contact [N, beams].
 
     The face of the probe is 18 mm wide; contact is lost where it stands off the skin.
     """
@@ -377,3 +376,20 @@ def _near_field(patient: Patient, to_chest: Tensor, grid: Sector) -> tuple[Tenso
         arcs[0] += arc * torch.cos(phase)
         arcs[1] += arc * torch.sin(phase)
     return arcs, contact
+
+
+def speckle_ratio(size: int = 224, draws: int = 6) -> float:
+    """Mean over standard deviation of the envelope in tissue that is the same everywhere.
+
+    Fully developed speckle is Rayleigh distributed: 1.91 (Wagner et al., 1983). Measured over
+    `draws` places of the scatterer field, within bands of equal depth.
+    """
+    grid, ratios = sector(size), []
+    for n in range(draws):
+        x = grid.points[0].view(1, grid.beams, grid.samples) + 211.3 * n
+        z = grid.points[2].view(1, grid.beams, grid.samples)
+        re, im = grid.lookup((x, x * 0.31 + 0.2 * z, z), 5 + n, 0.6)
+        envelope = torch.hypot(grid.spread(re), grid.spread(im))[0, 8:-8, 40:-8]
+        bands = envelope.unfold(1, 24, 24)  # alike in depth
+        ratios.append(float((bands.mean((0, 2)) / bands.std((0, 2))).mean()))
+    return sum(ratios) / draws
