@@ -157,9 +157,7 @@ def predict_action_only(
     Trained on the training part, asked about the test part; with `motion`, on transitions of that
     kind alone. One row a transition, as in `predict`. Better than constant, it shows a leak.
     """
-    train, test = split.train, split.test
-    if motion is not None:
-        train, test = (part[data.motion[part] == motion] for part in (train, test))
+    train, test = _of_kind(data, split, motion)
     mean, spread = data.pose1[train].mean(0), data.pose1[train].std(0).clamp_min(1e-6)
     unit = data.action[train].std(0).clamp_min(1e-6)
     with torch.random.fork_rng(devices=[]):
@@ -173,8 +171,37 @@ def predict_action_only(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    with torch.no_grad():
+        said = (net(data.action[test] / unit) * spread + mean).numpy()
+    return _starts(data, test, said)
+
+
+def predict_constant_start(
+    data: Transitions, split: Split, motion: str | None = None
+) -> pd.DataFrame:
+    """The mean pose 1 of the training part, on the rows of `predict_action_only`."""
+    train, test = _of_kind(data, split, motion)
+    return _starts(data, test, data.pose1[train].mean(0).numpy())
+
+
+def _of_kind(data: Transitions, split: Split, motion: str | None) -> tuple[NDArray, NDArray]:
+    kept = data.motion == motion if motion is not None else np.full(len(data), True)
+    return split.train[kept[split.train]], split.test[kept[split.test]]
+
+
+def _starts(data: Transitions, test: NDArray, said: NDArray) -> pd.DataFrame:
     table = pd.DataFrame({"group": data.patient[test], "row": data.rows[test, 0]})
     table[TRUE] = data.pose1[test].numpy()
-    with torch.no_grad():
-        table[PREDICTED] = (net(data.action[test] / unit) * spread + mean).numpy()
+    table[PREDICTED] = said
     return table
+
+
+def ratio(
+    errors: pd.DataFrame, base: pd.DataFrame, measure: str, draws: int = 2000
+) -> dict[str, float]:
+    """Mean error over a control's on the same rows: `ratio`, `low`, `high` (95%, over groups)."""
+    _, owner = np.unique(errors["group"], return_inverse=True)
+    above, below = (np.bincount(owner, table[measure]) for table in (errors, base))
+    picks = np.random.default_rng(0).integers(len(above), size=(draws, len(above)))
+    low, high = np.quantile(above[picks].sum(1) / below[picks].sum(1), [0.025, 0.975])
+    return {"ratio": above.sum() / below.sum(), "low": float(low), "high": float(high)}

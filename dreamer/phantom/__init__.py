@@ -4,4 +4,13 @@ from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS, Patient
 from dreamer.phantom.generate import generate
 from dreamer.phantom.render import Frames, render, speckle_ratio
 
-__all__ = ["LABEL", "STRUCTURES", "TARGETS", "Frames", "Patient", "generate", "render", "speckle_ratio"]
+__all__ = [
+    "LABEL",
+    "STRUCTURES",
+    "TARGETS",
+    "Frames",
+    "Patient",
+    "generate",
+    "render",
+    "speckle_ratio",
+]

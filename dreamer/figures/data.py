@@ -1,0 +1,129 @@
+"""Figures of what the models are trained on: frames, poses, actions, splits, and the phantom."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from dreamer.figures import COLOURS
+from dreamer.poses import AXES, UNITS
+
+PARTS = {"train": COLOURS["patch"], "val": "#E69F00", "test": COLOURS["truth"]}
+
+
+def frames(images: NDArray, titles: Sequence[str], columns: int = 6, inch: float = 1.5) -> Figure:
+    """Frames [N, H, W] in a grid, one short title each."""
+    rows = -(-len(images) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(inch * columns, (inch + 0.2) * rows))
+    for ax in np.ravel(axes):
+        ax.axis("off")
+    for ax, image, title in zip(np.ravel(axes), images, titles, strict=False):
+        ax.imshow(image, vmin=0, vmax=255)
+        ax.set_title(title, fontsize=8)
+    return fig
+
+
+def trajectory(pose: NDArray, axes: Sequence[Axes], label: str | None = None, **style) -> None:
+    """The six axes of consecutive poses [N, 6] against the frame's number, one axis each."""
+    for ax, values, name, unit in zip(axes, pose.T, AXES, UNITS, strict=True):
+        ax.plot(values, label=label, lw=1, **style)
+        ax.axhline(0, color=COLOURS["neutral"], lw=0.7, ls=":")
+        ax.set(ylabel=f"{name} ({unit})", xlabel="frame")
+
+
+def path(position: NDArray, ax: Axes, surfaces: Mapping[str, NDArray] | None = None) -> None:
+    """Probe positions [N, 3] in 3-D (mm), start to target, in front of point clouds [K, 3]."""
+    for name, points in (surfaces or {}).items():
+        ax.scatter(*points.T, s=1, alpha=0.25, label=name.replace("_", " "))
+    order = np.arange(len(position))
+    ax.plot(*position.T, color=COLOURS["neutral"], lw=0.6)
+    ax.scatter(*position.T, c=order, cmap="viridis", s=6)
+    ax.scatter(0, 0, 0, marker="*", s=90, color=COLOURS["truth"], label="target")
+    ax.set(xlabel="x (mm)", ylabel="y (mm)", zlabel="z (mm)")
+    ax.legend(fontsize=7, loc="upper left", markerscale=2)
+
+
+def actions(motion: pd.DataFrame) -> Figure:
+    """Distribution of the six action components, a curve per kind of motion (column `motion`)."""
+    fig, axes = plt.subplots(2, 3, figsize=(8, 4))
+    for ax, name, unit in zip(axes.flat, AXES, UNITS, strict=True):
+        sns.kdeplot(
+            motion, x=name, hue="motion", common_norm=False, fill=True, alpha=0.2, ax=ax,
+            legend=ax is axes.flat[0], palette="colorblind", warn_singular=False,
+        )  # fmt: skip
+        ax.set(xlabel=f"{name} ({unit})", ylabel="density" if ax in axes[:, 0] else "")
+    return fig
+
+
+def split(parts: Mapping[str, NDArray], owner: NDArray, ax: Axes) -> None:
+    """Which transition of which scan trains, validates and tests; dropped ones stay white."""
+    scans = list(dict.fromkeys(owner))
+    place = {scan: np.flatnonzero(owner == scan) for scan in scans}
+    for row, scan in enumerate(scans):
+        for name, part in parts.items():
+            where = np.flatnonzero(np.isin(place[scan], part))
+            label = name if row == 0 else None
+            ax.scatter(where, np.full(len(where), row), s=6, marker="|", color=PARTS[name])
+            ax.plot([], [], "s", color=PARTS[name], label=label)
+    ax.set(xlabel="transition of the scan", ylabel="scan", ylim=(len(scans) - 0.5, -0.5))
+    ax.grid(visible=False)
+    handles = [plt.Line2D([], [], marker="s", ls="", color=c, label=n) for n, c in PARTS.items()]
+    ax.legend(handles=handles, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
+def brightness(shares: Mapping[str, NDArray], ax: Axes) -> None:
+    """Histogram of the frames' mean grey level, one curve per data set."""
+    bins = np.linspace(0, 80, 41)
+    for name, mean in shares.items():
+        ax.hist(
+            mean, bins, weights=np.full(len(mean), 100 / len(mean)), histtype="step", label=name
+        )
+    ax.set(xlabel="mean grey level of a frame (0 to 255)", ylabel="frames (%)")
+    ax.legend()
+
+
+def greys(levels: Mapping[str, NDArray], ax: Axes) -> None:
+    """Share of pixels inside the sector below a grey level, one curve per data set."""
+    for name, values in levels.items():
+        ax.plot(np.sort(values), np.linspace(0, 100, len(values)), label=name)
+    ax.set(xlabel="grey level", ylabel="pixels at or below (%)", xlim=(0, 200))
+    ax.legend()
+
+
+def leak(ratio: pd.DataFrame, ax: Axes) -> None:
+    """Error of the action-only control over the constant predictor's; below one, a leak.
+
+    `ratio`: columns measure, motion, ratio, low, high.
+    """
+    kinds = list(dict.fromkeys(ratio["motion"]))
+    for number, kind in enumerate(kinds):
+        part = ratio[ratio["motion"] == kind].reset_index()
+        at = np.arange(len(part)) + (number - (len(kinds) - 1) / 2) * 0.2
+        spread = np.abs(part[["low", "high"]].to_numpy().T - part["ratio"].to_numpy())
+        ax.errorbar(part["ratio"], at, xerr=spread, fmt="o", ms=4, label=kind)
+    ax.set_yticks(range(len(part)), part["measure"])
+    ax.axvline(1, color=COLOURS["neutral"], lw=1)
+    ax.set(xlabel="error of the action alone / error of a constant", ylim=(len(part) - 0.5, -0.5))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=len(kinds))
+
+
+def labels(image: NDArray, label: NDArray, names: Sequence[str]) -> Figure:
+    """A frame beside its label map (0 is outside, k is `names[k - 1]`), with a legend."""
+    colours = [(0, 0, 0), *sns.color_palette("husl", len(names))]
+    fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.4))
+    axes[0].imshow(image, vmin=0, vmax=255)
+    axes[1].imshow(label, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) + 0.5,
+                   interpolation="nearest")  # fmt: skip
+    for ax in axes:
+        ax.axis("off")
+    there = [k for k in range(1, len(names) + 1) if (label == k).any()]
+    handles = [plt.Line2D([], [], marker="s", ls="", color=colours[k], label=names[k - 1])
+               for k in there]  # fmt: skip
+    axes[1].legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig

@@ -1,0 +1,91 @@
+"""Figures of a training: curves while it runs, predictions against the truth, accuracy."""
+
+from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from dreamer.figures import COLOURS
+from dreamer.poses import AXES, UNITS
+
+
+def curves(table: pd.DataFrame, name: str = "") -> Figure:
+    """Loss, translation and rotation error on validation against epochs, of one run's metrics."""
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.7))
+    colour = COLOURS.get(name, COLOURS["neutral"])
+    for part, style in (("train", ":"), ("val", "-")):
+        if part == "train":
+            pose = table["train_composed"] + table["train_imagined"]
+        else:
+            pose = table["val_composed"] + table["val_imagined"]
+        axes[0].plot(table["epoch"], pose, style, color=colour, label=part)
+    axes[0].set(ylabel="pose loss", xlabel="epoch")
+    axes[0].legend()
+    for ax, column, label in (
+        (axes[1], "val_translation_mm", "translation error (mm)"),
+        (axes[2], "val_rotation_deg", "rotation error (deg)"),
+    ):
+        ax.plot(table["epoch"], table[column], color=colour)
+        ax.set(ylabel=f"{label}, validation", xlabel="epoch", ylim=(0, None))
+    return fig
+
+
+def live(name: str = "") -> Callable[[pd.DataFrame], None]:
+    """A callback for `fit` that draws the curves anew after every epoch, in one place."""
+    handle = display(display_id=True)
+
+    def draw(table: pd.DataFrame) -> None:
+        fig = curves(table, name)
+        if handle is not None:
+            handle.update(fig)
+        plt.close(fig)
+
+    return draw
+
+
+def predicted(table: pd.DataFrame, constant: pd.DataFrame, name: str) -> Figure:
+    """Predicted against true pose per axis, with the constant predictor's spread as a bar.
+
+    `table`, `constant`: predictions of `evaluation.predict` and `predict_constant`.
+    """
+    fig, axes = plt.subplots(2, 3, figsize=(8.5, 5.4))
+    for ax, axis, unit in zip(axes.flat, AXES, UNITS, strict=True):
+        true, said = table[f"true_{axis}"], table[f"predicted_{axis}"]
+        ends = [min(true.min(), said.min()), max(true.max(), said.max())]
+        ax.plot(ends, ends, color=COLOURS["truth"], lw=1, label="exact")
+        ax.scatter(true, said, s=5, alpha=0.35, lw=0, color=COLOURS.get(name, "k"), label=name)
+        mean = constant[f"predicted_{axis}"].iloc[0]
+        miss = (constant[f"true_{axis}"] - mean).abs().mean()
+        ax.errorbar(true.mean(), mean, yerr=miss, fmt="s", ms=4, capsize=4,
+                    color=COLOURS["constant"], label="constant ± its mean error")  # fmt: skip
+        own = (true - said).abs().mean()
+        ax.set_title(f"{axis}: {own:.2f} {unit}, constant {miss:.2f} {unit}")
+        ax.set(xlabel=f"true {axis} ({unit})", ylabel=f"predicted ({unit})")
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
+    return fig
+
+
+def accuracy(table: pd.DataFrame) -> Figure:
+    """Error over the constant predictor's, per measure and predictor, with intervals.
+
+    `table`: of `evaluation.accuracy`, with a constant predictor in it.
+    """
+    fig, ax = plt.subplots(figsize=(7, 3.6))
+    names = [n for n in dict.fromkeys(table["predictor"]) if n != "constant"]
+    base = table[table["predictor"] == "constant"].set_index("measure")["error"]
+    for number, name in enumerate(names):
+        part = table[table["predictor"] == name].set_index("measure").loc[base.index]
+        at = np.arange(len(part)) + (number - (len(names) - 1) / 2) * 0.2
+        ratio = part["error"] / base
+        spread = [(part["error"] - part["low"]) / base, (part["high"] - part["error"]) / base]
+        colour = COLOURS.get(name.split()[0], COLOURS["neutral"])
+        ax.errorbar(ratio, at, xerr=spread, fmt="o", ms=4, color=colour, label=name)
+    ax.set_yticks(range(len(base)), base.index)
+    ax.axvline(1, color=COLOURS["constant"], lw=1)
+    ax.set(xlabel="error / error of the constant predictor", xlim=(0, None),
+           ylim=(len(base) - 0.5, -0.5))  # fmt: skip
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=len(names))
+    return fig
