@@ -345,7 +345,7 @@ def rollout_grids(model: CardiacDreamer, features: Tensor) -> Tensor:
 
 
 def strongest(share: Tensor, features: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers [K], shares [K] and own maps [K, h, w] of the channels with the largest |share| [C] in
+    """Numbers [K], shares [K] and own maps [K, h, w] of the channels of largest |share| [C] in
     one feature map [C, h, w]."""
     numbers = share.abs().argsort(descending=True)[:count]
     return numbers.cpu(), share[numbers].cpu(), features[numbers].cpu()

@@ -25,8 +25,6 @@ from dreamer.attribution import (
     ATTENTION,
     BASELINES,
     METHODS,
-    Cells,
-    Question,
     answer,
     attention,
     attention_grid,
@@ -49,6 +47,8 @@ CLAIMS = {  # measure: what it would mean for patch tokens to be ahead
     "mass": "better spatial understanding: relevance lies on the heart",
     "deletion": "better spatial understanding: the cells named carry the answer",
 }
+SLOW = ("shapley", "ablation", "occlusion")  # a pass for every cell, or many
+STANDARD = (*(m for m in METHODS if m not in SLOW), *ATTENTION)
 MEASURES = {  # name: what more of it means
     "deletion": 1, "insertion": -1, "infidelity": -1,
     "counterfactual": 1, "decisive": 1, "pointing": 1, "mass": 1, "rank": 1,
@@ -71,12 +71,28 @@ def control(name: str, images: Tensor, grid: tuple[int, int], seed: int = 0) -> 
     return F.adaptive_avg_pool2d(edges.norm(dim=1), grid)
 
 
+def ranks(maps: Tensor) -> NDArray:
+    """Ranks of the magnitudes of maps [N, ...] as vectors [N, cells] of mean zero and length one;
+    nan where a map is flat."""
+    found = rankdata(maps.detach().abs().cpu().flatten(1).numpy(), axis=1)
+    found = found - found.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return found / np.sqrt((found**2).sum(1, keepdims=True))
+
+
 def rank_correlation(one: Tensor, other: Tensor) -> NDArray:
     """Spearman correlation [N] between the magnitudes of maps [N, ...]; nan where one is flat."""
-    a, b = (rankdata(m.detach().abs().cpu().flatten(1).numpy(), axis=1) for m in (one, other))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return (ranks(one) * ranks(other)).sum(1)
+
+
+@torch.no_grad()
+def posed(model: CardiacDreamer, features: Tensor, baseline: Tensor, mask: Tensor) -> Tensor:
+    """Poses [N, 6] with the cells of `mask` [N, 1, h, w] from the frame, the others' baseline."""
+    base, found = baseline.expand_as(features), []
+    for p in parts_of(len(features), rows_at_once(model), None):
+        seen = torch.lerp(base[p], features[p], mask[p])
+        found.append(model.imagine(seen, seen.new_zeros(len(seen), 6)).pose)
+    return torch.cat(found)
 
 
 class Curves(NamedTuple):
@@ -95,7 +111,6 @@ def curves(
     grid: Tensor,
     targets: Sequence[str],
     baseline: Tensor,
-    action: Tensor | None = None,
     points: int = 0,
 ) -> Curves:
     """`Curves` of cells hidden (from the frame) and shown (on the baseline), greatest |grid| first.
@@ -104,20 +119,15 @@ def curves(
     tries every one. A true map has a high deletion curve and a low insertion curve.
     """
     n, cells = len(features), grid[0].numel()
-    action = features.new_zeros(n, 6) if action is None else action
     counts = np.unique(np.geomspace(1, cells, points or 4 * cells).round().astype(int))
     shuffled = torch.randperm(cells, generator=torch.Generator().manual_seed(0))
     magnitude = grid.detach().abs().cpu().flatten(1)[:, shuffled]
     order = shuffled[magnitude.argsort(dim=1, descending=True, stable=True)]
     place = order.argsort(dim=1).view(n, 1, *grid.shape[1:]).to(features.device)
-    base = baseline.expand_as(features)
 
     def ask(mask: Tensor) -> Tensor:
-        parts = parts_of(n, rows_at_once(model), None)
-        seen = [
-            model.imagine(torch.lerp(base[p], features[p], mask[p]), action[p]).pose for p in parts
-        ]
-        return torch.stack([answer(torch.cat(seen), t) for t in targets])  # [targets, N]
+        pose = posed(model, features, baseline, mask)
+        return torch.stack([answer(pose, t) for t in targets])  # [targets, N]
 
     whole, empty = (ask((place < c).float()) for c in (cells, 0))
     down = [whole] + [ask((place >= c).float()) for c in counts[:-1]] + [empty]
@@ -130,34 +140,33 @@ def curves(
 def infidelity(
     model: CardiacDreamer,
     features: Tensor,
-    grids: Mapping[str, Tensor],
-    target: str,
+    grids: Mapping[tuple[str, str], Tensor],
+    targets: Sequence[str],
     baseline: Tensor,
     samples: int = 32,
     seed: int = 0,
-) -> dict[str, Tensor]:
+) -> dict[tuple[str, str], Tensor]:
     """Share [N] of the answer's change under random hiding that each map fails to predict.
 
     Captum's `infidelity(normalize=True)` over masks of cells, the same masks for every map of
-    `grids`, relative to the mean squared change: 0 predicts all of it, 1 none.
+    `grids` (by method and target, or "any"), relative to the mean squared change: 0 predicts all of
+    it, 1 none.
     """
     n, (h, w) = len(features), features.shape[2:]
     draw = torch.Generator().manual_seed(seed)
     hide = torch.rand(samples, n, 1, h, w, generator=draw)
     hide = (hide < torch.rand(samples, n, 1, 1, 1, generator=draw) / 2).float().to(features.device)
-    game, action = Cells(Question(model, target)), features.new_zeros(n, 6)
-    base = baseline.expand_as(features)
-
-    def ask(mask: Tensor) -> Tensor:
-        parts = parts_of(n, rows_at_once(model), None)
-        return torch.cat([game(mask[p], features[p], base[p], action[p]) for p in parts])
-
-    change = ask(torch.ones_like(hide[0])) - torch.stack([ask(1 - m) for m in hide])  # [samples, N]
+    whole = posed(model, features, baseline, torch.ones_like(hide[0]))
+    partly = torch.stack([posed(model, features, baseline, 1 - m) for m in hide])
     scores = {}
-    for name, grid in grids.items():
-        told = (hide[:, :, 0] * grid.to(hide)).sum((2, 3))
-        beta = (told * change).mean(0) / (told**2).mean(0).clamp_min(1e-20)
-        scores[name] = ((beta * told - change) ** 2).mean(0) / (change**2).mean(0)
+    for target in targets:
+        change = answer(whole, target) - answer(partly, target)  # [samples, N]
+        for (method, own), grid in grids.items():
+            if own in (target, "any"):
+                told = (hide[:, :, 0] * grid.to(hide)).sum((2, 3))
+                beta = (told * change).mean(0) / (told**2).mean(0).clamp_min(1e-20)
+                missed = ((beta * told - change) ** 2).mean(0) / (change**2).mean(0)
+                scores[method, target] = missed
     return scores
 
 
@@ -250,7 +259,7 @@ def score(
     targets: Sequence[str],
     known_truth: Truth | None = None,
     baseline: str = "mean",
-    points: int = 8,
+    points: int = 6,
     progress: str | None = None,
 ) -> pd.DataFrame:
     """Every check of every map, one row a frame: group, frame, method, target, measure, value.
@@ -284,10 +293,9 @@ def score(
                 at = moved[list(targets).index(target)]
                 for measure, value in against_truth(grid, filled, at, known_truth).items():
                     add(method, target, measure, value)
-    for target in targets:
-        asked = {m: g for (m, own), g in grids.items() if own in (target, "any")}
-        for method, value in infidelity(model, features, asked, target, base).items():
-            add(method, target, "infidelity", value.cpu())
+    missed = infidelity(model, features, grids, list(targets), base)
+    for (method, target), value in missed.items():
+        add(method, target, "infidelity", value.cpu())
     return pd.concat(rows, ignore_index=True).dropna(subset="value")
 
 
@@ -336,17 +344,18 @@ def agreement(
             "group": group, "frame": np.arange(len(group)), "value": value,
         }))  # fmt: skip
 
-    for run, found in grids.items():
+    ranked = {run: {k: ranks(g) for k, g in found.items()} for run, found in grids.items()}
+    for run, found in ranked.items():
         for (one, a), (two, b) in itertools.combinations(found, 2):
             if one != two and (a == b or "any" in (a, b)):
-                value = rank_correlation(found[one, a], found[two, b])
+                value = (found[one, a] * found[two, b]).sum(1)
                 target = b if a == "any" else a
                 add("methods", variants[run], one, two, target, value)
     for one, two in itertools.combinations(grids, 2):
         same = variants[one] == variants[two]
         for method, target in grids[one]:
             if method not in CONTROLS:
-                value = rank_correlation(grids[one][method, target], grids[two][method, target])
+                value = (ranked[one][method, target] * ranked[two][method, target]).sum(1)
                 which = variants[one] if same else "both"
                 add("seeds" if same else "variants", which, method, method, target, value)
     return pd.concat(rows, ignore_index=True).dropna(subset="value")
@@ -394,13 +403,31 @@ def trembling(
     return pd.concat(rows, ignore_index=True)
 
 
+def slow_scores(
+    model: CardiacDreamer,
+    sample: Sample,
+    known_truth: Truth | None,
+    quick: Sequence[str],
+    targets: Sequence[str],
+    baseline: str = "mean",
+    seed: int = 0,
+    progress: str | None = None,
+) -> pd.DataFrame:
+    """Rows of `score` for the SLOW methods, and the max-sensitivity of the `quick` ones."""
+    grids = explain(model, sample, SLOW, targets, baseline, seed=seed, progress=progress)
+    return pd.concat((
+        score(model, sample, grids, targets, known_truth, baseline),
+        trembling(model, sample, quick, targets[0], baseline, len(sample.images)),
+    ))  # fmt: skip
+
+
 def curve_table(
     model: CardiacDreamer,
     sample: Sample,
     grids: Mapping[tuple[str, str], Tensor],
     target: str,
     baseline: str = "mean",
-    points: int = 16,
+    points: int = 12,
 ) -> pd.DataFrame:
     """Deletion and insertion curves of each map of `target`, relative to the mean distance between
     the answers to the frames and to the baseline: group, frame, method, kind, share, value."""

@@ -131,12 +131,33 @@ def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> 
             f"{sample.folder}: the phantom draws other frames now (mean difference "
             f"{difference:.1f} grey levels); generate the folder anew"
         )
-    kept = {
-        name: (np.concatenate([w for w, _ in parts]), torch.cat([p for _, p in parts]))
-        for name, parts in gone.items()
-        if parts
-    }
+    kept = {}
+    for name, parts in gone.items():
+        if parts:
+            where, pictures = (
+                np.concatenate([w for w, _ in parts]),
+                torch.cat([p for _, p in parts]),
+            )
+            if not torch.equal(pictures, whole[where]):  # what lies between all others cannot go
+                kept[name] = where, pictures
     return Truth(labels, names, whole, kept)
+
+
+def first_frames(sample: Sample, known: Truth | None, count: int) -> tuple[Sample, Truth | None]:
+    """The first `count` frames of a sample, spread over groups, with their truth."""
+    order = pd.Series(sample.group).groupby(sample.group).cumcount().to_numpy()
+    rows = np.sort(np.argsort(order, kind="stable")[:count])
+    each = {f: getattr(sample, f)[rows] for f in ("images", "pose", "scan", "frame", "group")}
+    if known is None:
+        return sample._replace(**each), None
+    place = pd.Index(rows)
+    gone = {}
+    for name, (where, pictures) in known.gone.items():
+        at = place.get_indexer(where)
+        if (at >= 0).any():
+            gone[name] = at[at >= 0], pictures[torch.from_numpy(at >= 0)]
+    fewer = known._replace(labels=known.labels[rows], whole=known.whole[rows], gone=gone)
+    return sample._replace(**each), fewer
 
 
 def _numbers(names: Sequence[str]) -> range:
@@ -219,7 +240,7 @@ def against_truth(grid: Tensor, filled: Tensor, moved: Tensor, known: Truth) -> 
     agree = []
     for a, b in zip(told, effect.numpy(), strict=True):
         seen = np.isfinite(b)
-        enough = seen.sum() >= 4 and np.ptp(a[seen]) > 0
+        enough = seen.sum() >= 4 and np.ptp(a[seen]) > 0 and np.ptp(b[seen]) > 0
         agree.append(spearmanr(a[seen], b[seen]).statistic if enough else np.nan)
     share = on[:, heart].sum(1) / on.sum(1)
     flat = torch.where(grid.flatten(1).std(1) > 0, 0.0, torch.nan)  # no top cell: nan
@@ -279,3 +300,14 @@ def sweep(sample: Sample, axis: str, offsets: Sequence[float], number: int = 0) 
     patient = phantom.Patient([arguments["seed"], int(scan.rsplit("_", 1)[1])])
     picture = phantom.render(patient, pose, 0.0, None, arguments["target"], arguments["size"])
     return _resized(picture.image[:, None], sample.images.shape[-1])
+
+
+def showing(known: Truth, names: Sequence[str]) -> dict[str, int]:
+    """For each structure by name, the number of the frame that shows most of it; those in none are
+    left out."""
+    found = {}
+    for name in names:
+        area = (known.labels == known.structures.index(name) + 1).sum((1, 2))
+        if area.max() > 0:
+            found[name] = int(area.argmax())
+    return found

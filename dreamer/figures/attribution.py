@@ -4,6 +4,7 @@ Where maps are compared they share one scale, symmetric about zero; a map's stre
 so that what is not coloured is the frame as it was.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -54,7 +55,7 @@ def words(name: str) -> str:
 
 def show(ax: Axes, image: NDArray, title: str = "", grid: tuple[int, int] | None = None) -> None:
     """A grey frame [S, S], with the lines of its `grid` of cells where one is given."""
-    ax.imshow(image, vmin=0, vmax=255, interpolation="bilinear")
+    ax.imshow(image, vmin=0, vmax=255, interpolation="nearest")
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(False)
     ax.spines[:].set_visible(False)
@@ -130,6 +131,34 @@ def atlas(
     return fig
 
 
+def across(
+    image: NDArray, maps: Mapping[str, NDArray], titles: Sequence[str], units: Sequence[str]
+) -> Figure:
+    """One frame [S, S], then its maps for many targets: a row for each name of `maps` ([K, h, w]),
+    a column for each target, and one scale for each column, in its unit."""
+    count, rows = len(titles), len(maps)
+    fig, axes = plt.subplots(rows, 1 + count, squeeze=False,
+                             figsize=(1.6 * (1 + count), 1.75 * rows + 0.8))  # fmt: skip
+    for line, (name, values) in zip(axes, maps.items(), strict=True):
+        show(line[0], image, "", values.shape[1:])
+        line[0].set_ylabel(name, color=COLOURS.get(name, "black"))
+    for k in range(count):
+        column = np.stack([values[k] for values in maps.values()])
+        limit, signed = _limit(column), bool((column < 0).any())
+        for ax, values in zip(axes[:, 1 + k], column, strict=True):
+            overlay(ax, image, values, limit)
+        axes[0, 1 + k].set_title(titles[k])
+        norm = Normalize(-limit if signed else 0, limit)
+        bar = fig.colorbar(ScalarMappable(norm, SIGNED if signed else UNSIGNED),
+                           ax=axes[:, 1 + k], orientation="horizontal", aspect=10, pad=0.02,
+                           ticks=[-limit, 0, limit] if signed else [0, limit],
+                           format="%.2g")  # fmt: skip
+        bar.set_label(units[k], fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+        bar.outline.set_visible(False)
+    return fig
+
+
 def sheet(
     image: NDArray, maps: Mapping[str, Mapping[str, NDArray]], unit: str, limit: float | None = None
 ) -> Figure:
@@ -137,15 +166,15 @@ def sheet(
     columns = max(len(row) for row in maps.values())
     size = min(1.9, 11 / columns)
     fig, axes = plt.subplots(len(maps), columns, squeeze=False,
-                             figsize=(size * columns + 0.9, (size + 0.25) * len(maps)))  # fmt: skip
+                             figsize=(size * columns + 0.9, (size + 0.4) * len(maps)))  # fmt: skip
     values = [m for row in maps.values() for m in row.values()]
     limit = limit or _limit(values)
     for line, (name, row) in zip(axes, maps.items(), strict=True):
         for ax in line[len(row) :]:
             ax.set_visible(False)
         for ax, (title, grid) in zip(line, row.items(), strict=False):
-            overlay(ax, image, grid, limit, title)
-        line[0].set_ylabel(name)
+            overlay(ax, image, grid, limit, textwrap.fill(title, 14))
+        line[0].set_ylabel(name, color=COLOURS.get(name, "black"))
     _bar(fig, axes, limit, any((m < 0).any() for m in values), unit)
     return fig
 
@@ -160,7 +189,7 @@ def strip(images: NDArray, maps: Mapping[str, NDArray], titles: Sequence[str], u
         for line, values in zip(axes[1:], maps.values(), strict=True):
             overlay(line[k], images[k], values[k], limit)
     for line, name in zip(axes, ["frame", *maps], strict=True):
-        line[0].set_ylabel(name)
+        line[0].set_ylabel(name, color=COLOURS.get(name, "black"))
     _bar(fig, axes[1:], limit, any((m < 0).any() for m in maps.values()), unit)
     return fig
 
@@ -176,7 +205,9 @@ def channels(image: NDArray, maps: Mapping[str, tuple[NDArray, NDArray, NDArray]
                              figsize=(1.5 * count, 1.85 * len(maps)))  # fmt: skip
     for line, (variant, (numbers, shares, own)) in zip(axes, maps.items(), strict=True):
         for ax, number, share, values in zip(line, numbers, shares, own, strict=True):
-            overlay(ax, image, values, float(np.abs(values).max()), f"no. {number}: {share:.3g}")
+            overlay(
+                ax, image, values, float(np.abs(values).max()), f"channel {number}: {share:.1%}"
+            )
         line[0].set_ylabel(variant, color=COLOURS[variant])
     return fig
 
@@ -198,7 +229,7 @@ def reading(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def scores(summary: pd.DataFrame, measures: Sequence[str], columns: int = 4) -> Figure:
+def scores(summary: pd.DataFrame, measures: Sequence[str], columns: int = 3) -> Figure:
     """Dot plot: a panel for each measure, a line for each method, controls below in grey ground.
 
     `summary`: variant, method, measure, mean, low, high. The arrow in a title points to better.
@@ -311,7 +342,7 @@ def structures(table: pd.DataFrame, unit: str) -> Figure:
     for variant, rows in wide.groupby("variant"):
         rows = rows.droplevel("variant").dropna()
         right.scatter(rows["told"], rows["moved"], color=COLOURS[variant], s=22, label=variant)
-        for name in rows["moved"].nlargest(5).index:
+        for name in rows["moved"].nlargest(3).index:
             right.annotate(words(name), rows.loc[name, ["told", "moved"]], fontsize=7,
                            xytext=(4, 2), textcoords="offset points")  # fmt: skip
     right.set(xscale="log", yscale="log")
@@ -354,6 +385,8 @@ def agreement(summary: pd.DataFrame) -> Figure:
         for shift, (key, (colour, label)) in zip((-0.2, 0, 0.2), looks.items(), strict=False):
             kind, variant = key
             rows = runs[(runs.kind == kind) & (runs.variant == variant)]
+            if rows.empty:
+                continue
             y = [own.index(m) + shift for m in rows["method"]]
             _dots(ax, rows, y, colour, label)
         ax.set_yticks(range(len(own)), [words(m) for m in own])

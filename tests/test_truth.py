@@ -1,0 +1,213 @@
+"""What the phantom knows of unseen frames, and scores whose value is known by hand."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dreamer import faithfulness, truth
+from dreamer.data import Transitions
+from dreamer.model import CardiacDreamer, ModelConfig
+from dreamer.phantom import STRUCTURES
+from dreamer.phantom.generate import generate
+from dreamer.training import TrainingConfig, make_split
+
+NAMES = ("left_ventricle", "septum", "mitral_valve", "left_atrium", "lung", "ribs")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def made():
+    """One frame of 4 x 4 pixels on a 2 x 2 grid: ventricle, septum above; lung, atrium below."""
+    labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    labels[0, :2, :2], labels[0, :2, 2:] = 1, 2
+    labels[0, 2:, :2], labels[0, 2:, 2:] = 5, 4
+    return truth.Truth(labels, NAMES, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), {})
+
+
+def test_scores_of_a_made_map(made):
+    filled = truth.occupancy(made, (2, 2))
+    assert filled[0, 0].tolist() == [[1, 0], [0, 0]] and filled[0, 4].tolist() == [[0, 0], [1, 0]]
+    grid = torch.tensor([[[-4.0, 2.0], [3.0, 1.0]]])
+    moved = torch.tensor([[5.0, 2.0, torch.nan, 1.0, 3.0, 99.0]])  # ranks as the map; ribs aside
+    found = truth.against_truth(grid, filled, moved, made)
+    assert found["pointing"] == [1] and found["decisive"] == [1]  # the top cell is the ventricle
+    assert found["mass"] == pytest.approx([(7 / 10) / (3 / 4)])
+    assert found["rank"] == pytest.approx([2 / 3])  # of the three top cells one is lung
+    assert found["counterfactual"] == pytest.approx([1])
+    wrong = truth.against_truth(1 / grid, filled, moved, made)
+    assert wrong["counterfactual"] == pytest.approx([-1]) and wrong["decisive"] == [0]
+
+
+def test_a_flat_map_points_nowhere(made):
+    filled = truth.occupancy(made, (2, 2))
+    found = truth.against_truth(torch.ones(1, 2, 2), filled, torch.rand(1, 6), made)
+    assert all(np.isnan(found[m]).all() for m in ("pointing", "rank", "decisive"))
+    assert found["mass"] == pytest.approx([1])
+
+
+def test_relevance_by_structure(made):
+    table = truth.by_structure(
+        {("ablation", "x"): torch.tensor([[[4.0, -2.0], [3.0, 1.0]]])}, made, np.array(["p"])
+    ).set_index(["measure", "structure"])["value"]
+    assert table["mass", "left_ventricle"] == pytest.approx(4 / 10 / (1 / 4))
+    assert table["told", "septum"] == pytest.approx(2)
+    assert "mitral_valve" not in table["mass"]
+
+
+def test_what_lies_behind_a_rib_is_in_its_shadow():
+    labels = torch.ones(1, 56, 56, dtype=torch.uint8)
+    labels[0, 20, 26:30] = 6
+    dark = truth.shadow(labels, 6)[0]
+    assert dark[30:, 28].all() and not dark[:20].any()
+    assert not dark[40, 10] and not dark[40, 45]
+    known = truth.Truth(labels, NAMES, labels[:, None], {})
+    filled = truth.occupancy(known, (7, 7))[0, 0]
+    assert filled[0, 0] == 1 and filled[5, 3] < 0.5
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    """A folder of four virtual patients and a run that was split on it, not trained."""
+    folder = tmp_path_factory.mktemp("truth")
+    data = generate(folder / "data", 4, 3, size=48)
+    model = ModelConfig(token_type="patch", backbone="compact", channels=8, width=4, image_size=48,
+                        d_model=16, num_heads=2, num_layers=1, guidance=(8, 8))  # fmt: skip
+    training = TrainingConfig(val=1, test=2)
+    found = Transitions(data, cache=folder)
+    split = make_split(found, training)
+    run = folder / "run"
+    run.mkdir()
+    config = {"model": model.model_dump(mode="json"), "training": training.model_dump(mode="json")}
+    (run / "config.json").write_text(json.dumps(config))
+    parts = {n: sorted(set(found.patient[getattr(split, n)])) for n in ("train", "val", "test")}
+    (run / "split.json").write_text(json.dumps({"kind": "patient"} | parts))
+    torch.manual_seed(0)
+    return run, data, CardiacDreamer(model).eval(), parts
+
+
+def test_unseen_frames_and_their_truth(phantom):
+    run, data, model, parts = phantom
+    sample = truth.unseen([run], data, 4)
+    assert set(sample.group) == set(parts["test"]) and len(sample.images) == 4
+    known = truth.truth(sample)
+    assert torch.equal(known.whole, sample.images)
+    assert known.structures == STRUCTURES and known.labels.shape == (4, 48, 48)
+    for where, pictures in known.gone.values():
+        assert (pictures != sample.images[where]).any()
+    moved = truth.changes(model, known, ["x", "translation"])
+    there = {name: torch.isfinite(moved[0, :, i]).sum() for i, name in enumerate(STRUCTURES)}
+    assert {n for n, count in there.items() if count} == set(known.gone)
+    frames = truth.sweep(sample, "roll", [-10, 0, 10])
+    assert frames.shape == (3, 1, 48, 48) and not torch.equal(frames[0], frames[1])
+    assert truth.showing(known, ["left_ventricle"]).keys() <= {"left_ventricle"}
+
+
+def test_scores_are_tidy_and_repeat(phantom):
+    run, data, model, _ = phantom
+    sample = truth.unseen([run], data, 3)
+    known = truth.truth(sample)
+    methods = ["gradient_x_activation", "rollout", *faithfulness.CONTROLS]
+    grids = faithfulness.explain(model, sample, methods, ["x", "yaw"])
+    one, two = (faithfulness.score(model, sample, grids, ["x", "yaw"], known) for _ in range(2))
+    pd.testing.assert_frame_equal(one, two)
+    assert set(one.measure) == set(faithfulness.MEASURES) - {"sensitivity"}
+    assert set(one.target) == {"x", "yaw"} and np.isfinite(one.value).all()
+    blind = faithfulness.score(model, sample, grids, ["x"], None)
+    assert set(blind.measure) == {"deletion", "insertion", "infidelity"}
+    reading = faithfulness.reading(model, sample)
+    assert reading.value.between(0, 1 + 1e-6).all() and len(reading) == 3 * 1 * 2 * 2
+    fallen = faithfulness.randomisation(model, sample, ["gradient_x_activation"], "x", 2)
+    assert fallen.depth.max() == 4 + 4 and fallen.value.abs().max() <= 1 + 1e-9
+
+
+def test_data_without_truth_are_no_error(phantom, tmp_path):
+    run, data, *_ = phantom
+    sample = truth.unseen([run], data, 2)._replace(folder=tmp_path)
+    assert truth.truth(sample) is None and truth.sweep(sample, "x", [0, 1]) is None
+
+
+def test_a_phantom_that_draws_other_frames_is_refused(phantom):
+    run, data, *_ = phantom
+    sample = truth.unseen([run], data, 2)
+    with pytest.raises(ValueError, match=r"draws other frames now .* generate the folder anew"):
+        truth.truth(sample._replace(images=255 - sample.images))
+
+
+def test_runs_that_do_not_belong_together_are_refused(phantom, tmp_path):
+    run, data, _, parts = phantom
+    for name in ("config.json", "split.json"):
+        (tmp_path / name).write_text((run / name).read_text())
+    split = {"kind": "patient"} | parts | {"test": parts["train"], "train": parts["test"]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    with pytest.raises(ValueError, match="runs: they differ"):
+        truth.unseen([run, tmp_path], data, 2)
+    with pytest.raises(ValueError, match="is not split as"):
+        truth.unseen([tmp_path], data, 2)
+
+
+# Verdicts
+
+
+def _table(gap: float, runs: int = 3) -> pd.DataFrame:
+    draw = np.random.default_rng(0)
+    rows = [
+        (variant, f"{variant}{run}", f"patient {p}", f, "integrated_gradients", "x", measure,
+         0.5 + gap * (variant == "patch") + 0.01 * run + draw.normal(0, 0.05))
+        for variant in ("patch", "channel") for run in range(runs) for p in range(8)
+        for f in range(4) for measure in faithfulness.CLAIMS
+    ]  # fmt: skip
+    columns = ["variant", "run", "group", "frame", "method", "target", "measure", "value"]
+    table = pd.DataFrame(rows, columns=columns)
+    rivals = [
+        table.assign(method=m, value=0.3 - 0.1 * (m == "centre")) for m in ("random", "centre")
+    ]
+    return pd.concat([table, *rivals])
+
+
+@pytest.mark.parametrize(
+    ("gap", "runs", "verdict"),
+    [
+        (0.3, 3, "supported"),
+        (-0.3, 3, "contradicted"),
+        (0.0, 3, "not shown"),
+        (0.3, 2, "not shown"),
+    ],
+)
+def test_verdicts(gap, runs, verdict):
+    found = faithfulness.verdicts(_table(gap, runs), "laptop")
+    assert list(found) == ["claim", "published", "measured", "interval", "verdict", "config", "n"]
+    spatial = found[found.claim.str.contains("spatial")]
+    assert len(spatial) == len(faithfulness.CLAIMS) and set(spatial.verdict) == {verdict}
+    assert set(spatial.n) == {f"32 frames, 8 patients, {runs} + {runs} runs"}
+    beaten = found[found.claim.str.contains("patch tokens: maps beat")]
+    assert len(beaten) == 4 and (gap < 0 or set(beaten.verdict) == {"supported"})
+
+
+def test_summary_weighs_frames_and_resamples_patients():
+    table = pd.DataFrame({
+        "group": ["a", "a", "b", "b"], "frame": [0, 0, 1, 1], "run": ["r", "s", "r", "s"],
+        "measure": "m", "value": [0.0, 1.0, 2.0, 4.0],
+    })  # fmt: skip
+    row = faithfulness.summarise(table, ["measure"]).iloc[0]
+    assert (row["mean"], row["low"], row["high"], row["frames"]) == (1.75, 0.5, 3.0, 2)
+
+
+def test_agreement_of_methods_seeds_and_variants():
+    grid = torch.rand(2, 3, 3)
+    grids = {r: {("ablation", "x"): grid, ("rollout", "any"): -grid} for r in ("p0", "p1", "c0")}
+    found = faithfulness.agreement(
+        grids, {"p0": "patch", "p1": "patch", "c0": "channel"}, np.array(["a", "b"])
+    )
+    assert found.value.to_numpy() == pytest.approx(1)
+    assert found.kind.value_counts().to_dict() == {"methods": 6, "variants": 8, "seeds": 4}
