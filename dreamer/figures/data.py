@@ -40,13 +40,16 @@ def trajectory(pose: NDArray, axes: Sequence[Axes], label: str | None = None, **
 def path(position: NDArray, ax: Axes, surfaces: Mapping[str, NDArray] | None = None) -> None:
     """Probe positions [N, 3] in 3-D (mm), start to target, in front of point clouds [K, 3]."""
     for name, points in (surfaces or {}).items():
-        ax.scatter(*points.T, s=1, alpha=0.25, label=name.replace("_", " "))
+        ax.scatter(*points.T, s=2, alpha=0.3, label=name.replace("_", " "), rasterized=True)
     order = np.arange(len(position))
-    ax.plot(*position.T, color=COLOURS["neutral"], lw=0.6)
-    ax.scatter(*position.T, c=order, cmap="viridis", s=6)
-    ax.scatter(0, 0, 0, marker="*", s=90, color=COLOURS["truth"], label="target")
-    ax.set(xlabel="x (mm)", ylabel="y (mm)", zlabel="z (mm)")
-    ax.legend(fontsize=7, loc="upper left", markerscale=2)
+    ax.plot(*position.T, color=COLOURS["neutral"], lw=0.8, label="probe")
+    ax.scatter(*position.T, c=order, cmap="viridis", s=10, depthshade=False)
+    ax.plot(0, 0, 0, "*", ms=9, color=COLOURS["truth"], label="target")
+    ax.set(xlabel="x (mm)", ylabel="y (mm)", zlabel="z, depth (mm)")
+    ax.set_aspect("equal")
+    ax.invert_zaxis()
+    ax.view_init(elev=12, azim=-70)
+    ax.legend(fontsize=8, loc="upper left")
 
 
 def actions(motion: pd.DataFrame) -> Figure:
@@ -65,15 +68,17 @@ def split(parts: Mapping[str, NDArray], owner: NDArray, ax: Axes) -> None:
     """Which transition of which scan trains, validates and tests; dropped ones stay white."""
     scans = list(dict.fromkeys(owner))
     place = {scan: np.flatnonzero(owner == scan) for scan in scans}
+    chart = np.full((len(scans), max(map(len, place.values()))), np.nan)
     for row, scan in enumerate(scans):
-        for name, part in parts.items():
-            where = np.flatnonzero(np.isin(place[scan], part))
-            label = name if row == 0 else None
-            ax.scatter(where, np.full(len(where), row), s=6, marker="|", color=PARTS[name])
-            ax.plot([], [], "s", color=PARTS[name], label=label)
-    ax.set(xlabel="transition of the scan", ylabel="scan", ylim=(len(scans) - 0.5, -0.5))
+        for number, part in enumerate(parts.values()):
+            chart[row, np.flatnonzero(np.isin(place[scan], part))] = number
+    chart = chart[np.argsort(np.nanmax(chart, axis=1), kind="stable")]
+    colours = ListedColormap([PARTS[name] for name in parts])
+    ax.imshow(chart, cmap=colours, vmin=-0.5, vmax=len(parts) - 0.5, aspect="auto",
+              interpolation="nearest")  # fmt: skip
+    ax.set(xlabel="transition of the scan", ylabel="scans, sorted by part")
     ax.grid(visible=False)
-    handles = [plt.Line2D([], [], marker="s", ls="", color=c, label=n) for n, c in PARTS.items()]
+    handles = [plt.Line2D([], [], marker="s", ls="", color=PARTS[n], label=n) for n in parts]
     ax.legend(handles=handles, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 

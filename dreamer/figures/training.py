@@ -56,7 +56,16 @@ def predicted(table: pd.DataFrame, constant: pd.DataFrame, name: str) -> Figure:
         true, said = table[f"true_{axis}"], table[f"predicted_{axis}"]
         ends = [min(true.min(), said.min()), max(true.max(), said.max())]
         ax.plot(ends, ends, color=COLOURS["truth"], lw=1, label="exact")
-        ax.scatter(true, said, s=5, alpha=0.35, lw=0, color=COLOURS.get(name, "k"), label=name)
+        ax.scatter(
+            true,
+            said,
+            s=5,
+            alpha=0.35,
+            lw=0,
+            rasterized=True,
+            color=COLOURS.get(name, "k"),
+            label=name,
+        )
         mean = constant[f"predicted_{axis}"].iloc[0]
         miss = (constant[f"true_{axis}"] - mean).abs().mean()
         ax.errorbar(true.mean(), mean, yerr=miss, fmt="s", ms=4, capsize=4,
