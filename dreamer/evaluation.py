@@ -6,7 +6,7 @@ Davison & Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8)
 one person are not independent of each other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -46,7 +46,7 @@ def predict(
     table = _frames(data, indices, split)
     device, found = model.pose_mean.device, []
     with torch.no_grad():
-        for rows in np.split(table["row"].to_numpy(), range(64, len(table), 64)):
+        for rows in _chunks(table["row"].to_numpy()):
             image = data.images(rows).to(device).float() / 255
             found.append(model(image, torch.zeros(len(rows), 6, device=device)).pose.cpu())
     table[PREDICTED] = torch.cat(found).numpy()
@@ -118,35 +118,114 @@ def accuracy(predictions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def difference(
-    first: pd.DataFrame, second: pd.DataFrame, measure: str, margin: float, level: float = 0.95
+    first: Sequence[pd.DataFrame],
+    second: Sequence[pd.DataFrame],
+    measure: str,
+    margin: float,
+    draws: int = 4000,
 ) -> dict[str, float | str]:
-    """Paired difference second - first of a mean error, and whether the two are equivalent.
+    """Difference second - first of a mean error, over seeds and patients, and what it shows.
 
-    `first`, `second`: tables of `errors` on the same frames. A patient's frames are averaged, then
-    patients are compared by a paired t interval. Equivalent (two one-sided tests, Schuirmann 1987):
-    the 1 - 2 alpha interval lies inside +-`margin`, in the measure's unit. Returns estimate, low,
-    high (at `level`), and verdict: equivalent, first better, second better or not shown.
+    `first`, `second`: a table of `errors` per training seed, all on the same frames. Patients are
+    resampled for both alike and seeds for each (percentile bootstrap). Equivalent (two one-sided
+    tests, Schuirmann 1987): the 90% interval lies inside +-`margin`, in the measure's unit.
+    Returns estimate, low and high (95%), and verdict: equivalent, first better, second better or
+    not shown. Raises ValueError on other frames, or fewer than two groups.
     """
-    if not np.array_equal(first["group"], second["group"]):
-        raise ValueError("the two tables are of different frames")
-    gap = (second[measure] - first[measure]).groupby(first["group"]).mean()
-    if len(gap) < 2:
-        return {
-            "estimate": float(gap.mean()),
-            "low": np.nan,
-            "high": np.nan,
-            "verdict": "not shown",
-        }
-    mean, error = gap.mean(), stats.sem(gap)
-    wide = stats.t.ppf((1 + level) / 2, len(gap) - 1) * error
-    narrow = stats.t.ppf(level, len(gap) - 1) * error
-    if abs(mean) + narrow < margin:
+    group = first[0]["group"]
+    if not all(np.array_equal(table["group"], group) for table in (*first, *second)):
+        raise ValueError("the tables are of different frames")
+    if group.nunique() < 2:
+        raise ValueError("a difference needs at least two patients (or blocks)")
+    means = [  # [seeds, patients]: a patient's frames are averaged first
+        np.stack([table.groupby("group")[measure].mean().to_numpy() for table in tables])
+        for tables in (first, second)
+    ]
+    draw = np.random.default_rng(0)
+    patients = draw.integers(means[0].shape[1], size=(draws, means[0].shape[1]))
+    sides = []
+    for side in means:
+        seeds = draw.integers(len(side), size=(draws, len(side)))
+        sides.append(side[seeds[:, :, None], patients[:, None, :]].mean((1, 2)))
+    gap = sides[1] - sides[0]
+    low, high = np.quantile(gap, [0.025, 0.975])
+    inner = np.quantile(gap, [0.05, 0.95])
+    if np.abs(inner).max() < margin:
         verdict = "equivalent"
-    elif abs(mean) > wide:
-        verdict = "first better" if mean > 0 else "second better"
+    elif low > 0 or high < 0:
+        verdict = "first better" if low > 0 else "second better"
     else:
         verdict = "not shown"
-    return {"estimate": mean, "low": mean - wide, "high": mean + wide, "verdict": verdict}
+    estimate = float(means[1].mean() - means[0].mean())
+    return {"estimate": estimate, "low": float(low), "high": float(high), "verdict": verdict}
+
+
+def epochs_to(level: float, metrics: pd.DataFrame, column: str = "val_loss") -> pd.Series:
+    """The first row of a run's metrics whose `column` is at `level` or below.
+
+    Raises ValueError where the run never gets there.
+    """
+    reached = metrics[metrics[column] <= level]
+    if reached.empty:
+        raise ValueError(
+            f"{column} never falls to {level:.4g}; its least is {metrics[column].min()}"
+        )
+    return reached.iloc[0]
+
+
+def welch(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
+    """Difference of means second - first of independent runs, with Welch's 95% interval."""
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    if min(len(first), len(second)) < 2 or np.ptp(first) + np.ptp(second) == 0:
+        return {"estimate": second.mean() - first.mean(), "low": np.nan, "high": np.nan}
+    interval = stats.ttest_ind(second, first, equal_var=False).confidence_interval()
+    return {"estimate": second.mean() - first.mean(), "low": interval.low, "high": interval.high}
+
+
+def imagination(
+    model: CardiacDreamer, data: Transitions, indices: NDArray[np.int64], seed: int = 0
+) -> pd.DataFrame:
+    """What the world model adds, per transition: errors for frame 2, seen only through frame 1.
+
+    Ways: `imagined` (the true action), `wrong action` (another transition's), `no action` (frame 1
+    taken for frame 2) and `composed` (the frame's own pose, then the motion by geometry alone).
+    Columns: group, motion, way, translation (mm), rotation (deg), and `feature`, the squared error
+    of the map over the variance of frame 2's (copying frame 1's map stands under `no action`).
+    """
+    tables, device = [], model.pose_mean.device
+    shuffled = np.random.default_rng(seed).permutation(indices)
+    with torch.no_grad():
+        for at, other in zip(_chunks(indices), _chunks(shuffled), strict=True):
+            batch, wrong = data.batch(at), data.action[other]
+            here, there = (
+                model.encode(image.to(device).float() / 255)
+                for image in (batch.image1, batch.image2)
+            )
+            spread = there.var(dim=(0, 2, 3)).mean()
+            still = torch.zeros_like(batch.action)
+            dreams = {
+                name: model.imagine(here, action.to(device))
+                for name, action in (("imagined", batch.action), ("wrong action", wrong),
+                                     ("no action", still))
+            }  # fmt: skip
+            said = {name: dream.pose.cpu() for name, dream in dreams.items()}
+            said["composed"] = poses.compose(said["no action"], batch.action)
+            maps = {name: dream.next_features for name, dream in dreams.items()}
+            maps |= {"no action": here}
+            for name, pose in said.items():
+                error = poses.errors(pose, batch.pose2)
+                table = pd.DataFrame({"group": data.patient[at], "motion": data.motion[at]})
+                table["way"] = name
+                table["translation"], table["rotation"] = error.translation, error.rotation
+                if name in maps:
+                    square = (maps[name] - there).square().mean((1, 2, 3)) / spread
+                    table["feature"] = square.cpu().numpy()
+                tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _chunks(indices: NDArray[np.int64], size: int = 64) -> list[NDArray[np.int64]]:
+    return np.split(indices, range(size, len(indices), size))
 
 
 def predict_action_only(

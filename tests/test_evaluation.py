@@ -11,10 +11,13 @@ from dreamer.evaluation import (
     accuracy,
     bootstrap,
     difference,
+    epochs_to,
     errors,
+    imagination,
     predict,
     predict_action_only,
     predict_constant,
+    welch,
 )
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.poses import AXES
@@ -71,6 +74,11 @@ def test_bootstrap_refuses(values, groups):
         bootstrap(values, groups)
 
 
+def seeds(values, groups):
+    """Tables of one measure, one a seed, from [seeds, frames]."""
+    return [pd.DataFrame({"group": groups, "rotation": row}) for row in values]
+
+
 @pytest.mark.parametrize(
     ("shift", "noise", "verdict"),
     [
@@ -81,21 +89,56 @@ def test_bootstrap_refuses(values, groups):
     ],
 )
 def test_difference_says_what_was_made(shift, noise, verdict):
-    draw = np.random.default_rng(1)
-    first = pd.DataFrame({"group": np.repeat(np.arange(24), 5), "rotation": draw.random(120)})
-    gap = np.repeat(draw.normal(shift, noise, 24), 5)
-    second = first.assign(rotation=first.rotation + gap)
-    found = difference(first, second, "rotation", margin=0.5)
+    draw, groups = np.random.default_rng(1), np.repeat(np.arange(24), 5)
+    first = draw.random((3, 120))
+    second = first + np.repeat(draw.normal(shift, noise, 24), 5)
+    found = difference(seeds(first, groups), seeds(second, groups), "rotation", margin=0.5)
     assert found["verdict"] == verdict and found["low"] < found["estimate"] < found["high"]
 
 
+def test_seeds_that_disagree_widen_the_interval():
+    draw, groups = np.random.default_rng(3), np.arange(40)
+    first = draw.random((3, 40))
+    calm = difference(seeds(first, groups), seeds(first + 0.3, groups), "rotation", 0.1)
+    shifts = np.array([[-2.0], [0.3], [2.6]])
+    wild = difference(seeds(first, groups), seeds(first + shifts, groups), "rotation", 0.1)
+    assert calm["verdict"] == "first better" and wild["verdict"] == "not shown"
+
+
 def test_equivalence_is_wrongly_claimed_at_most_at_its_rate():
-    draw, claims = np.random.default_rng(2), 0
-    first = pd.DataFrame({"group": np.arange(20), "x": np.zeros(20)})
-    for _ in range(400):  # a true difference on the very margin
-        second = first.assign(x=draw.normal(0.5, 0.6, 20))
-        claims += difference(first, second, "x", margin=0.5)["verdict"] == "equivalent"
-    assert claims / 400 <= 0.08
+    draw, claims, groups = np.random.default_rng(2), 0, np.arange(20)
+    first = seeds(np.zeros((1, 20)), groups)
+    for _ in range(200):  # a true difference on the very margin
+        second = seeds(draw.normal(0.5, 0.6, (1, 20)), groups)
+        found = difference(first, second, "rotation", margin=0.5, draws=500)
+        claims += found["verdict"] == "equivalent"
+    assert claims / 200 <= 0.10
+
+
+def test_difference_refuses():
+    one, two = seeds(np.zeros((1, 4)), [0, 0, 1, 1]), seeds(np.zeros((1, 4)), [0, 1, 1, 1])
+    with pytest.raises(ValueError, match="different frames"):
+        difference(one, two, "rotation", 1.0)
+    with pytest.raises(ValueError, match="at least two patients"):
+        difference(*[seeds(np.zeros((1, 4)), [0] * 4)] * 2, "rotation", 1.0)
+
+
+def test_epochs_to_a_level_by_hand():
+    metrics = pd.DataFrame({"epoch": [1, 2, 3, 4], "val_loss": [0.9, 0.5, 0.6, 0.2]})
+    assert epochs_to(0.5, metrics)["epoch"] == 2 and epochs_to(0.4, metrics)["epoch"] == 4
+    with pytest.raises(ValueError, match=r"never falls to 0\.1"):
+        epochs_to(0.1, metrics)
+
+
+def test_welch_by_hand():
+    # Means 2 and 4, standard errors 1/sqrt(3) each: 2 +- t(0.975, 4) * sqrt(2/3) = 2 +- 2.267.
+    found = welch([1, 2, 3], [3, 4, 5])
+    assert found["estimate"] == 2
+    assert (found["low"], found["high"]) == (
+        pytest.approx(-0.267, abs=1e-3),
+        pytest.approx(4.267, abs=1e-3),
+    )
+    assert np.isnan(welch([1.0], [2.0])["low"])
 
 
 @pytest.fixture
@@ -147,3 +190,20 @@ def test_action_alone_predicts_the_pose_only_where_it_leaks(data):
     data.action = -data.pose1  # goal-seeking: the action is the way to the target
     leaked = errors(predict_action_only(data, split))[list(AXES)].to_numpy().mean()
     assert honest > 0.95 * base and leaked < 0.4 * base
+
+
+def test_imagination_and_its_controls(data):
+    config = ModelConfig(backbone="compact", image_size=32, channels=8, width=4, d_model=8,
+                         num_heads=2, num_layers=1, guidance=(8, 8))  # fmt: skip
+    model, test = CardiacDreamer(config).eval(), np.arange(30)
+    found = imagination(model, data, test).set_index("way")
+    assert len(found) == 4 * 30 and found.loc["composed", "feature"].isna().all()
+    batch = data.batch(test)
+    with torch.no_grad():
+        here = model(batch.image1.float() / 255, batch.action)
+        there = model.encode(batch.image2.float() / 255)
+    copied = (here.features - there).square().mean((1, 2, 3)) / there.var((0, 2, 3)).mean()
+    np.testing.assert_allclose(found.loc["no action", "feature"], copied, rtol=1e-4)
+    gap = (here.pose - batch.pose2)[:, :3].norm(dim=1)
+    np.testing.assert_allclose(found.loc["imagined", "translation"], gap, rtol=1e-4)
+    assert not np.allclose(found.loc["wrong action", "rotation"], found.loc["imagined", "rotation"])
