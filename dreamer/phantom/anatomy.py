@@ -125,6 +125,7 @@ class Patient:
             name: [normal(0, 1.0, 2.5) for _ in range(3)] + [normal(0, 1.2, 2.5) for _ in range(3)]
             for name in TARGETS
         }
+        self.lingula = normal(18, 1.5)
         self.hash = int(rng.integers(1, 2**31 - 1))
         # Slow waves, 1 / mm, that make every shape irregular.
         self.waves = np.clip(rng.normal(0, 1, (3, 3)), -1.6, 1.6) * 2 * math.pi / 90
@@ -178,10 +179,10 @@ class Patient:
             "ivc": ((septal - 16, 14, zt + 24), (septal - 14, 70, zt + 24), 9.5),
             "descending": ((22, -90, back + 16), (13 + normal(0, 1.5), 90, back + 6), 11.5),
             "sinus": ((-22, 21, length + 4), (24, 17, length + 8), 4.2),
-            "pap_1": ((0.62 * a, -0.52 * a, 0.36 * length),
-                      (0.34 * a, -0.3 * a, 0.62 * length), 5.4),
-            "pap_2": ((-0.18 * a, 0.78 * a, 0.36 * length),
-                      (-0.08 * a, 0.44 * a, 0.62 * length), 5.6),
+            "pap_1": ((0.84 * a, -0.56 * a, 0.32 * length),
+                      (0.5 * a, -0.42 * a, 0.62 * length), 5.2),
+            "pap_2": ((-0.2 * a, 0.96 * a, 0.32 * length),
+                      (-0.1 * a, 0.6 * a, 0.62 * length), 5.6),
             "band": ((-a - wall, -4, 0.36 * length), (-a - wall - 26, -14, 0.5 * length), 2.3),
         }
         # fmt: on
@@ -323,10 +324,9 @@ class Patient:
             if name != without:
                 label.masked_fill_(inside, LABEL[name])
 
-        lung = torch.minimum(
-            50 + self.waves[0, 0] * 60 - x + (z - 40).abs() * 0.12, 58 + length + 10 - z - y * 0.1
-        )
-        lung = torch.minimum(lung, y + 62)  # lateral, behind and above the heart
+        # Lung: its lingula beside the heart, nearer above; behind the heart; above it.
+        side = self.lingula - x + z.clamp(min=-10) * 0.53 + y * 0.25
+        lung = torch.minimum(torch.minimum(side, 68 + length - z - y * 0.1), y + 62)
         liver = blob["liver"]
         border = torch.minimum(lung.abs(), liver.abs())
         paint("lung", lung < 0)

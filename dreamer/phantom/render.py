@@ -36,17 +36,17 @@ TISSUE = {
     "right_atrium": (-60, -0.15),
     "aorta": (-60, -0.15),
     "myocardium": (-40, 0.3),
-    "septum": (-29, 0.3),
+    "septum": (-25.5, 0.3),
     "papillary_muscles": (-33, 0.3),
-    "mitral_valve": (-24, 0.5),
-    "tricuspid_valve": (-25, 0.5),
-    "aortic_valve": (-24, 0.5),
-    "heart_wall": (-37, 0.4),
+    "mitral_valve": (-27, 0.5),
+    "tricuspid_valve": (-28, 0.5),
+    "aortic_valve": (-27, 0.5),
+    "heart_wall": (-35.5, 0.4),
     "pericardium": (-33, 0.8),
-    "mediastinum": (-43.5, 0.9),
+    "mediastinum": (-44.5, 0.9),
     "lung": (-42, 2.5),
     "liver": (-38, 0.5),
-    "chest_wall": (-40, 0.5),
+    "chest_wall": (-45, 0.5),
     "ribs": (-28, 28.0),
 }
 _MASK = 2**18 - 1
@@ -283,10 +283,12 @@ def _frames(patient: Patient, pose: Tensor, phase: Tensor, without, target: str,
     grey = power.add_(1e-9).log10_().mul_(10)  # dB
     grey = (grey + (patient.gain + patient.dynamic_range)).mul_(1 / patient.dynamic_range)
     grey = grey.clamp_(0, 1)
-    smooth = grey.mul(0.6)
-    smooth[:, 1:].add_(grey[:, :-1], alpha=0.2)
-    smooth[:, :-1].add_(grey[:, 1:], alpha=0.2)
-    image = grid.convert(smooth.clamp_(0, 1).pow_(2.05).mul_(255))
+    for _ in range(2):  # speckle reduction of the machine: neighbouring beams are averaged
+        smooth = grey.mul(0.5)
+        smooth[:, 1:].add_(grey[:, :-1], alpha=0.25)
+        smooth[:, :-1].add_(grey[:, 1:], alpha=0.25)
+        grey = smooth
+    image = grid.convert(grey.clamp_(0, 1).pow_(2.05).mul_(255))
     return image, *grid.truth(scene.label)
 
 
@@ -311,7 +313,7 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
         path = soft
     # Tissue is patchy: a coarse field, fixed to it too, moves its strength up and down.
     patch = grid.lookup(scene.material, patient.hash + 7, 3.2)[0]
-    strength.mul_(patch.mul_(0.45).add_(scene.texture, alpha=0.65).exp_())
+    strength.mul_(patch.mul_(0.55).add_(scene.texture, alpha=0.65).exp_())
 
     # Muscle shines where its fibres lie across the beam.
     x, y, _ = scene.material
@@ -326,10 +328,10 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
 
     shine = _bell(scene.blood - 0.5, 1.1).mul_(_along(scene.blood, grid.dr).square_()).mul_(0.035)
     direct = _along(scene.heart, grid.dr)
-    deep = torch.sigmoid((grid.depth - 85) / 14) * 0.30 + 0.02
+    deep = torch.sigmoid((grid.depth - 85) / 14) * 0.46 + 0.02
     direct = direct.pow_(3).mul_(_bell(scene.heart - 0.9, 1.4)).mul_(deep)
     shine.addcmul_(direct, (scene.texture * 1.4).exp_())
-    shine.addcmul_(_bell(scene.border, 1.3), _along(scene.border, grid.dr).square_(), value=0.06)
+    shine.addcmul_(_bell(scene.border, 1.3), _along(scene.border, grid.dr).square_(), value=0.08)
     near = chest[..., : grid.near]
     z = near[:, 2] - patient.skin(near[:, 0], near[:, 1])
     wall, lines = patient.size["skin_to_heart"], patient.ripples
@@ -343,7 +345,7 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
             _bell(ribs, 1.0), _along(ribs, grid.dr).square_(), value=0.1
         )
     noise = grid.lookup(scene.material, patient.hash, VOXEL)
-    path = path * torch.exp(torch.linspace(-0.2, 0.9, grid.samples, device=grid.device))
+    path = path * torch.exp(1.6 * torch.sigmoid((grid.depth - 68) / 14) - 0.75)
     re = torch.addcmul(shine * (noise[0] * 0.35 + 0.6), strength, noise[0]).mul_(path)
     im = torch.addcmul(shine * (noise[1] * 0.35), strength, noise[1]).mul_(path)
     return re, im
@@ -366,7 +368,7 @@ def _near_field(patient: Patient, to_chest: Tensor, grid: Sector) -> tuple[Tenso
     r = grid.depth[: grid.near]
     arcs = torch.zeros(2, grid.beams, grid.near, device=device)
     theta = grid.theta.float().to(device)[:, None]
-    for k, high in enumerate((0.10, 0.16, 0.28, 0.05), 1):
+    for k, high in enumerate((0.16, 0.24, 0.45, 0.07), 1):
         wave = torch.sin(theta * (6 + 5 * k) + float(patient.ripples[k])) * 0.5 + 0.6
         wave = wave * torch.exp(-((theta - 0.1 * math.sin(patient.ripples[k])) / 0.22).square())
         bend = 0.8 * torch.cos(theta * 3 + float(patient.ripples[k + 3]))
