@@ -32,7 +32,8 @@ AROUND = ("mediastinum", "lung", "liver", "chest_wall", "ribs")  # structures th
 
 class Sample(NamedTuple):
     """N frames: `images` uint8 [N, 1, S, S], `pose` [N, 6], `scan`, `frame`, `group` (the patient,
-    or a stretch of time) [N]; `training` frames [M, 1, S, S]; `folder` they come from."""
+    or a stretch of time) [N]; `training` frames [M, 1, S, S]; the data's `folder`; `split`, either
+    patient or blocks of one scan."""
 
     images: Tensor
     pose: Tensor
@@ -41,11 +42,19 @@ class Sample(NamedTuple):
     group: NDArray
     training: Tensor
     folder: Path
+    split: str
 
 
-def unseen(runs: Sequence[str | Path], data: str | Path, frames: int, seed: int = 0) -> Sample:
+def unseen(
+    runs: Sequence[str | Path],
+    data: str | Path,
+    frames: int,
+    seed: int = 0,
+    patients: Mapping[str, str] | None = None,
+) -> Sample:
     """`frames` test frames that no run was trained on, spread evenly over the test patients.
 
+    `patients` maps scan -> patient, as it was given to the training; without it a scan is one.
     Raises ValueError where the runs were split in different ways or take other picture sizes.
     """
     configs = [load_config(run) for run in runs]
@@ -56,7 +65,7 @@ def unseen(runs: Sequence[str | Path], data: str | Path, frames: int, seed: int 
             "runs: they differ in image_size or in their split, so no frame is unseen by all; "
             "compare runs of one configuration"
         )
-    found = Transitions(data, image_size=sizes.pop())
+    found = Transitions(data, sizes.pop(), patients)
     split = make_split(found, configs[0][1])
     test = split.test
     if split.kind != splits[0]["kind"] or set(found.patient[test]) != set(splits[0]["test"]):
@@ -78,6 +87,7 @@ def unseen(runs: Sequence[str | Path], data: str | Path, frames: int, seed: int 
         group[picked],
         found.images(found.rows[np.sort(draw.choice(split.train, 128)), 0]),
         Path(data),
+        split.kind,
     )
 
 

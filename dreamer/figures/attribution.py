@@ -88,6 +88,11 @@ def _dots(ax: Axes, rows: pd.DataFrame, places: Sequence[float], colour: str, la
     ax.errorbar(rows["mean"], places, xerr=error, fmt="o", ms=4, lw=1.2, color=colour, label=label)
 
 
+def _variants(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The table's parts by variant, patch before channel everywhere."""
+    return sorted(table.groupby("variant"), key=lambda part: part[0], reverse=True)
+
+
 def _bar(fig: Figure, axes, limit: float, signed: bool, label: str) -> None:
     norm = Normalize(-limit if signed else 0, limit)
     bar = fig.colorbar(ScalarMappable(norm, SIGNED if signed else UNSIGNED), ax=axes, shrink=0.8,
@@ -142,6 +147,12 @@ def across(
     for line, (name, values) in zip(axes, maps.items(), strict=True):
         show(line[0], image, "", values.shape[1:])
         line[0].set_ylabel(name, color=COLOURS.get(name, "black"))
+    room = fig.colorbar(
+        ScalarMappable(), ax=axes[:, 0], orientation="horizontal", aspect=10, pad=0.02
+    )
+    room.set_label(" ", fontsize=8)  # keeps the first column's pictures in line with the others
+    room.ax.set_axis_off()
+    room.solids.set_visible(False)
     for k in range(count):
         column = np.stack([values[k] for values in maps.values()])
         limit, signed = _limit(column), bool((column < 0).any())
@@ -244,7 +255,7 @@ def scores(summary: pd.DataFrame, measures: Sequence[str], columns: int = 3) -> 
     own = sum(not words(m).startswith("control") for m in methods)
     for ax, measure in zip(axes.flat, measures, strict=False):
         part = summary[summary.measure == measure]
-        for shift, (variant, rows) in zip((-0.14, 0.14), part.groupby("variant"), strict=False):
+        for shift, (variant, rows) in zip((-0.14, 0.14), _variants(part), strict=False):
             y = [methods.index(m) + shift for m in rows["method"]]
             _dots(ax, rows, y, COLOURS[variant], variant)
         ax.axhspan(own - 0.5, len(methods) - 0.5, color="#f2f2f2", zorder=0)
@@ -318,7 +329,7 @@ def decay(table: pd.DataFrame, threshold: float) -> Figure:
         ax.set_title(variant, color=COLOURS[variant])
     axes[0, 0].set_ylabel("rank correlation with\nthe trained model's map")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
+    fig.legend(handles, names, loc="outside lower center", ncols=len(names))
     return fig
 
 
@@ -331,7 +342,7 @@ def structures(table: pd.DataFrame, unit: str) -> Figure:
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(1.15, 1))
     mass = table[table.measure == "mass"]
     order = mass.groupby("structure")["mean"].mean().sort_values().index.tolist()
-    for shift, (variant, rows) in zip((-0.16, 0.16), mass.groupby("variant"), strict=False):
+    for shift, (variant, rows) in zip((-0.16, 0.16), _variants(mass), strict=False):
         y = [order.index(s) - shift for s in rows["structure"]]
         _dots(left, rows, y, COLOURS[variant], variant)
     left.axvline(1, color=COLOURS["neutral"], ls="--", lw=1)
@@ -401,7 +412,7 @@ def dots(summary: pd.DataFrame, label: str, values: str) -> Figure:
     """Dots with intervals: `summary` has variant, the column `label`, mean, low, high."""
     order = list(dict.fromkeys(summary[label]))
     fig, ax = plt.subplots(figsize=(6, 0.42 * len(order) + 1.2))
-    for shift, (variant, rows) in zip((-0.12, 0.12), summary.groupby("variant"), strict=False):
+    for shift, (variant, rows) in zip((-0.12, 0.12), _variants(summary), strict=False):
         y = [order.index(v) + shift for v in rows[label]]
         _dots(ax, rows, y, COLOURS[variant], variant)
     ax.set_yticks(range(len(order)), [words(v) for v in order])
