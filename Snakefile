@@ -17,6 +17,7 @@ from pathlib import Path
 from dreamer.pipeline import known_parameters, preset_parameters
 
 VARIANTS = ("patch", "channel")
+COMPARED = "04_compare"  # this one also reads the control without a transformer, `none`
 PHANTOM = {  # patients, frames of each, pixels; the presets' models want these pictures
     "smoke": (8, 6, 64),
     "laptop": (224, 40, 112),
@@ -25,6 +26,9 @@ PHANTOM = {  # patients, frames of each, pixels; the presets' models want these 
 }
 # What each notebook promises to write into its output folder, beside whatever else it draws.
 PROMISED = {
+    "01_data": ("01_leak.csv", "01_grey.csv", "01_frames.png", "01_actions.png"),
+    "02_train": ("02_accuracy.csv", "02_curves.png", "02_accuracy.png", "02_predicted.png"),
+    "04_compare": ("04_verdicts.csv", "04_accuracy.csv", "04_accuracy.png", "04_convergence.png"),
     "05_attention": ("05_reading.csv", "05_gallery.png"),
     "06_attribution": ("06_scores.csv", "06_verdicts.csv", "06_maps.png"),
 }
@@ -67,15 +71,25 @@ TRAINED = [
     f"{RUNS}/{variant}{split}-seed{seed}"
     for variant in VARIANTS for split in SPLITS for seed in SEEDS if TRAINING in NOTEBOOKS
 ]
-TRAINED_DONE = [f"{RUNS}/notebooks/02_train-{Path(run).name}.done" for run in TRAINED]
+CONTROL = [f"{RUNS}/none{split}-seed0" for split in SPLITS if TRAINING in NOTEBOOKS]
+
+
+def runs(step):
+    """The trainings that a notebook reads."""
+    return TRAINED + (CONTROL if step == COMPARED else [])
 
 
 def parameters(step, **given):
     """As JSON: the preset's part, then what the pipeline itself says, where the notebook takes it."""
     takes = known_parameters(NOTEBOOKS[step])
-    said = {"data": DATA, "output": OUTPUT, "runs": TRAINED, **given}
+    said = {"data": DATA, "output": OUTPUT, "runs": runs(step), **given}
     said = {name: value for name, value in said.items() if name in takes}
     return json.dumps(preset_parameters(PRESET_FILE, NOTEBOOKS[step]) | said)
+
+
+def trained(folders):
+    """The marks of finished trainings."""
+    return [f"{RUNS}/notebooks/02_train-{Path(folder).name}.done" for folder in folders]
 
 
 def training(run):
@@ -97,7 +111,7 @@ def needs(step):
     return [
         NOTEBOOKS[step],
         *(DATA_READY if "data" in takes else []),
-        *(TRAINED_DONE if "runs" in takes else []),
+        *(trained(runs(step)) if "runs" in takes else []),
     ]
 
 
@@ -176,7 +190,7 @@ for step in NOTEBOOKS:
 rule page:
     input:
         [f"{RUNS}/notebooks/{step}.done" for step in NOTEBOOKS if step != TRAINING],
-        TRAINED_DONE,
+        trained(TRAINED),
     output:
         f"{OUTPUT}/index.html",
     params:

@@ -103,6 +103,8 @@ def run_notebook(
     NotebookError: unknown parameters before any work, a failing cell by number, or outputs that
     are missing, empty or untouched by this run.
     """
+    # Compiling this grammar of web addresses takes seconds, and no notebook's schema asks for it.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
 
     unknown = set(parameters) - (known := known_parameters(notebook))
