@@ -25,7 +25,7 @@ from dreamer.data import Statistics
 from dreamer.tokens import ChannelTokens, PatchTokens
 
 STRIDE = {"resnet34": 32, "compact": 16}
-STAGES = {"resnet34": 5, "compact": 4}  # the stem, then the residual stages
+STAGES = {"resnet34": 5, "compact": 3}  # the stem, then the residual stages
 TOKENS = {"patch": PatchTokens, "channel": ChannelTokens}
 
 
@@ -147,10 +147,10 @@ class Backbone(nn.Module):
         else:
             w, c = config.width, config.channels
             stem = nn.Sequential(
-                nn.Conv2d(1, w, 5, stride=2, padding=2, bias=False), nn.GroupNorm(4, w), nn.ReLU()
-            )
-            sizes = [(w, 2 * w), (2 * w, 4 * w), (4 * w, c)]
-            self.stages = nn.ModuleList([stem, *(_Residual(i, o) for i, o in sizes)])
+                nn.Conv2d(1, w, 5, stride=2, padding=2, bias=False), nn.MaxPool2d(2),
+                nn.GroupNorm(4, w), nn.ReLU(),
+            )  # fmt: skip
+            self.stages = nn.ModuleList([stem, _Residual(w, 4 * w), _Residual(4 * w, c)])
         self.frozen = config.freeze
         for stage in self.stages[: self.frozen]:
             stage.requires_grad_(False)
@@ -267,6 +267,11 @@ class GuidanceHead(nn.Sequential):
             nn.Linear(first, second), nn.ReLU(), nn.Dropout(config.dropout),
             nn.Linear(second, 6),
         )  # fmt: skip
+        for layer in self:  # the library's start shrinks a signal by half a layer: slow to wake
+            if isinstance(layer, nn.Linear):
+                gain = "linear" if layer.out_features == 6 else "relu"
+                nn.init.kaiming_normal_(layer.weight, nonlinearity=gain)
+                nn.init.zeros_(layer.bias)
 
 
 class CardiacDreamer(nn.Module):

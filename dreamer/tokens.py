@@ -22,6 +22,9 @@ class _Tokens(nn.Module):
         length = self.token_length
         self.embedding = nn.Linear(length, width)
         self.heads = nn.ModuleDict({name: nn.Linear(width, length) for name in MAPS})
+        for layer in (self.embedding, *self.heads.values()):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def split(self, features: Tensor) -> Tensor:
         """Map [B, C, h, w] -> raw tokens [B, tokens, values]; a mere change of view."""

@@ -73,8 +73,9 @@ class TrainingConfig(BaseModel):
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
     composed: float = Field(1.0, ge=0)
     imagined: float = Field(1.0, ge=0)
-    feature: float = Field(0.1, ge=0)
-    reconstruction: float = Field(0.1, ge=0)
+    # More than this, and the backbone learns maps that are easy to foretell, not that tell a pose.
+    feature: float = Field(0.01, ge=0)
+    reconstruction: float = Field(0.01, ge=0)
     beta: float = Field(1.0, gt=0)
     identity: float = Field(0.5, ge=0, le=1)
     patience: int = Field(0, ge=0)
@@ -402,6 +403,7 @@ def fit(
     warnings.filterwarnings("ignore", message=".*(LeafSpec|srun|num_workers).*")
     pl.seed_everything(training.seed, verbose=False)
     net = CardiacDreamer(model, statistics(data, split.train))
+    net.backbone.to(memory_format=torch.channels_last)  # convolutions train a fifth faster
     needed = 6 * sum(p.nbytes for p in net.parameters()) + 2**20
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed")
