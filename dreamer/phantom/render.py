@@ -43,9 +43,9 @@ TISSUE = {
     "aortic_valve": (-27, 0.5),
     "heart_wall": (-35.5, 0.4),
     "pericardium": (-33, 0.8),
-    "mediastinum": (-44.5, 0.9),
-    "lung": (-42, 2.5),
-    "liver": (-38, 0.5),
+    "mediastinum": (-45, 0.9),
+    "lung": (-42, 3.5),
+    "liver": (-40, 0.5),
     "chest_wall": (-45, 0.5),
     "ribs": (-28, 28.0),
 }
@@ -218,8 +218,8 @@ def render(
     ValueError for unknown names, sizes out of range and poses that are not finite.
     """
     check(target, size, without)
-    pose = torch.as_tensor(pose, dtype=torch.float64)
-    phase = torch.as_tensor(phase, dtype=torch.float64)
+    pose = torch.as_tensor(pose, dtype=torch.float64, device="cpu")
+    phase = torch.as_tensor(phase, dtype=torch.float64, device="cpu")
     if pose.shape[-1:] != (6,) or not (pose.isfinite().all() and phase.isfinite().all()):
         raise ValueError(f"pose must be finite, [..., 6]; got {list(pose.shape)}, {pose.tolist()}")
     lead = pose.shape[:-1]
@@ -331,7 +331,7 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
     deep = torch.sigmoid((grid.depth - 85) / 14) * 0.46 + 0.02
     direct = direct.pow_(3).mul_(_bell(scene.heart - 0.9, 1.4)).mul_(deep)
     shine.addcmul_(direct, (scene.texture * 1.4).exp_())
-    shine.addcmul_(_bell(scene.border, 1.3), _along(scene.border, grid.dr).square_(), value=0.08)
+    shine.addcmul_(_bell(scene.border, 1.3), _along(scene.border, grid.dr).square_(), value=0.14)
     near = chest[..., : grid.near]
     z = near[:, 2] - patient.skin(near[:, 0], near[:, 1])
     wall, lines = patient.size["skin_to_heart"], patient.ripples
@@ -360,7 +360,7 @@ def _near_field(patient: Patient, to_chest: Tensor, grid: Sector) -> tuple[Tenso
     face[0] = grid.theta.sin() / math.sin(HALF_ANGLE) * 9
     at = torch.baddbmm(to_chest[:, :3, 3:], to_chest[:, :3, :3], face.expand(len(to_chest), 3, -1))
     gap = patient.skin(at[:, 0], at[:, 1]) - at[:, 2]
-    contact = torch.sigmoid((5.2 - gap) / 0.6).float().to(device)
+    contact = torch.sigmoid((5.7 - gap) / 0.6).float().to(device)
     ripple = sum(
         torch.sin(grid.theta * (3 + 3 * k) + float(p)) for k, p in enumerate(patient.ripples[:4])
     )

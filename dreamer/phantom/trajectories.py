@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dreamer import poses
 
 SPREAD = np.array([4.0, 5.5, 3.0, 18.0, 6.0, 15.0])  # mm and degrees, standard deviations
+SIDE = np.array([0.0, 0.0, 0.0, 7.0, 0.0, -4.0])  # where searches come from, as in that scan
 STEP = np.array([2.2, 2.2, 2.2, 7.0, 4.0, 7.0])  # of an independent motion; no direction preferred
 TICK = 1 / 26  # share of a heartbeat between two frames of the scanner
 MOTIONS = ("search", "independent")
@@ -41,12 +42,13 @@ def search(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
     left = (1 - time) ** pace
     speed, shift = rng.uniform(4, 14, (3, 6)), rng.uniform(0, 2 * np.pi, (3, 6))
     wander = np.sin(time[:, None] * speed + shift).sum(1) * 0.33
-    return (start * left + wander * (0.12 + 0.88 * np.sqrt(1 - time))) * SPREAD
+    wander = wander * (0.12 + 0.88 * np.sqrt(1 - time))
+    return (start * left + wander) * SPREAD + SIDE * left
 
 
 def independent(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
     """`count` pairs of poses [count, 2, 6] whose motion does not depend on where it starts."""
-    start = np.clip(rng.standard_normal((count, 6)), -2.2, 2.2) * SPREAD * 1.02
+    start = np.clip(rng.standard_normal((count, 6)), -2.2, 2.2) * SPREAD + SIDE
     motion = np.clip(rng.standard_normal((count, 6)), -2.2, 2.2) * STEP
     end = poses.compose(torch.from_numpy(start), torch.from_numpy(motion)).numpy()
     return np.stack((start, end), 1)
