@@ -56,10 +56,11 @@ class TrainingConfig(BaseModel):
     """How a run is trained and split. Unknown fields and values out of range are refused.
 
     `composed`, `imagined`, `feature`, `reconstruction`: the loss weights. `identity`: share of
-    training pairs that become "no motion". `steps_per_epoch`: 0 is one pass over the data.
-    `patience`: epochs without a better validation loss before stopping, 0 never stops. `split`:
-    patient, blocks (one scan, in time) or auto (patient where there are three). `val`, `test`:
-    patients, a number or names. `precision`: auto is bf16 where the machine has it.
+    training pairs that become "no motion". `augment`: the strength of `vary`, 0 is off.
+    `steps_per_epoch`: 0 is one pass over the data. `patience`: epochs without a better validation
+    loss before stopping, 0 never stops. `split`: patient, blocks (one scan, in time) or auto
+    (patient where there are three). `val`, `test`: patients, a number or names. `precision`: auto
+    is bf16 where the machine has it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,6 +79,7 @@ class TrainingConfig(BaseModel):
     reconstruction: float = Field(0.01, ge=0)
     beta: float = Field(1.0, gt=0)
     identity: float = Field(0.5, ge=0, le=1)
+    augment: float = Field(0.0, ge=0, le=1)
     patience: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     split: Literal["auto", "patient", "blocks"] = "auto"
@@ -135,6 +137,20 @@ def has_bf16() -> bool:
     )
 
 
+def vary(image: Tensor, strength: float) -> Tensor:
+    """Frames [B, 1, H, W] in [0, 1] as another setting would show them; poses stay as they are.
+
+    Gain and contrast of each frame, a smooth field of brightness as from time-gain and shadow;
+    `strength` is the standard deviation of their logarithms, a tenth of it that of added noise.
+    """
+    count, size = len(image), image.shape[-2:]
+    gain, contrast = torch.exp(strength * torch.randn(2, count, 1, 1, 1, device=image.device))
+    field = torch.randn(count, 1, 5, 5, device=image.device) * strength
+    field = F.interpolate(field, size, mode="bilinear", align_corners=True).exp()
+    noise = torch.randn_like(image) * (strength / 10)
+    return (image.clamp_min(1e-3) ** contrast * gain * field + noise).clamp(0, 1)
+
+
 def _smooth(predicted: Tensor, true: Tensor, spread: Tensor, beta: float) -> Tensor:
     gap = predicted - true
     gap = torch.cat((gap[:, :3], poses.wrap(gap[:, 3:])), dim=1) / spread
@@ -182,7 +198,10 @@ class LitDreamer(pl.LightningModule):
 
     def _terms(self, batch: Batch) -> tuple[Dream, dict[str, Tensor]]:
         config = self.config
-        dream = self.model(batch.image1.float() / 255, batch.action)
+        image = batch.image1.float() / 255
+        if self.training and config.augment > 0:
+            image = vary(image, config.augment)
+        dream = self.model(image, batch.action)
         target = None
         if self.model.world is not None and config.feature + config.reconstruction > 0:
             with torch.no_grad():

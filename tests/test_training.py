@@ -24,6 +24,7 @@ from dreamer.training import (
     load_run,
     losses,
     make_split,
+    vary,
 )
 
 MODEL = {
@@ -106,6 +107,25 @@ def test_the_target_map_has_no_gradient(folder):
     # Through its own map the backbone learns to be reconstructed only by way of the tokens.
     assert lit.model.world.tokens.heads["reconstruction"].weight.grad.abs().sum() > 0
     assert lit.model.head[0].weight.grad is None
+
+
+def test_variation_keeps_the_picture_and_its_place():
+    torch.manual_seed(0)
+    image = torch.zeros(16, 1, 32, 32)
+    image[:, :, 8:12, 20:24] = 0.5
+    varied = vary(image, 0.3)
+    assert varied.min() >= 0 and varied.max() <= 1 and not torch.equal(varied[0], varied[1])
+    places = varied.flatten(1).topk(16).indices
+    assert ((places // 32 >= 8) & (places // 32 < 12) & (places % 32 >= 20)).float().mean() > 0.95
+    assert torch.equal(vary(image, 0.0), image.clamp_min(1e-3))
+
+
+def test_variation_is_for_training_alone(folder):
+    data = Transitions(folder)
+    lit = LitDreamer(CardiacDreamer(configure("patch", MODEL, {})[0]), TrainingConfig(augment=0.5))
+    batch = data.batch(np.arange(4))
+    said = [lit.train(mode)._terms(batch)[0].pose for mode in (True, True, False, False)]
+    assert not torch.equal(said[0], said[1]) and torch.equal(said[2], said[3])
 
 
 # Configuration
