@@ -202,7 +202,7 @@ def randomised(model: CardiacDreamer, seed: int = 0) -> Iterator[tuple[str, Card
     """(stage, model) with the weights drawn anew from the guidance head down to the backbone's
     first stage, each stage on top of those before; the given model is not touched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(10**6 + seed)  # not the draw that a run with this seed began from
         fresh = CardiacDreamer(model.config.model_copy(update={"weights": "none"}))
     net = copy.deepcopy(model)
     stages = [("guidance", "head.")]
