@@ -1,0 +1,255 @@
+"""What both variants cost by counting: parameters, FLOP, memory; and what was published.
+
+The published table (Cardiac-Dreamer, patch variant) gives, for batch 4 at 224 px: 1.0947 s with
+channel tokens and 0.0474 s with patch tokens, "95.7% faster"; 65,188,584 and 66,256,262 parameters;
+260.9 and 263.5 MB on the GPU; 513 and 50 tokens. A FLOP is one multiplication or one addition.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dreamer.model import CardiacDreamer, ModelConfig
+
+VARIANTS = ("channel", "patch")  # in the order of the published measurement
+BATCH, FASTER = 4, 0.957  # the claim's batch, and by how much patch was said to be faster
+CLAIM = {  # parameters, tokens with the action's, seconds, MB of GPU memory
+    "channel": {"parameters": 65_188_584, "tokens": 513, "seconds": 1.0947, "memory": 260.9},
+    "patch": {"parameters": 66_256_262, "tokens": 50, "seconds": 0.0474, "memory": 263.5},
+}
+WORKSPACE = 2 * 4096 + 8 * 16  # KiB that cuBLAS takes by default, except on Hopper (PyTorch notes)
+CLAIMED, MIRRORED = "claim: channel, then patch", "mirrored: patch, then channel"
+FRESH = "fresh process each"
+RESNET34 = ((64, 64, 3, 4), (64, 128, 4, 8), (128, 256, 6, 16), (256, 512, 3, 32))
+PARTS = ("backbone", "tokens", "attention", "feed-forward", "head")
+COLUMNS = (
+    "measure", "variant", "path", "dtype", "protocol", "batch", "image", "part",
+    "value", "low", "high", "n", "unit",
+)  # fmt: skip
+Rows = list[dict[str, Any]]
+
+
+def row(measure: str, values: float | Sequence[float], unit: str, **where: Any) -> dict[str, Any]:
+    """One result: median, quartiles and number of `values`; `where` fills the other COLUMNS."""
+    if unknown := set(where) - set(COLUMNS):
+        raise ValueError(f"no column {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+    low, value, high = np.percentile(np.atleast_1d(np.asarray(values, float)), (25, 50, 75))
+    found = {"value": value, "low": low, "high": high, "n": int(np.size(values)), "unit": unit}
+    return {"measure": measure, **where, **found}
+
+
+def configs(shapes: Mapping[str, Any]) -> dict[str, ModelConfig]:
+    """Both variants' configurations; empty `shapes` are the published sizes. ValidationError."""
+    return {v: ModelConfig(**{**shapes, "token_type": v}) for v in VARIANTS}
+
+
+def inputs(
+    config: ModelConfig, batch: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Random image [B, 1, S, S] and action [B, 6]."""
+    draw = torch.Generator().manual_seed(0)
+    image = torch.rand(batch, 1, config.image_size, config.image_size, generator=draw)
+    return image.to(device), torch.randn(batch, 6, generator=draw).to(device)
+
+
+def modules(model: CardiacDreamer) -> dict[str, list[nn.Module]]:
+    """The modules of each of PARTS; a block's norms go with the branch that they follow."""
+    world = model.world
+    return {
+        "backbone": [model.backbone],
+        "tokens": [world.action, world.tokens.embedding, world.norm, *world.tokens.heads.values()],
+        "attention": [m for b in world.blocks for m in (b.attention, b.norm1)],
+        "feed-forward": [m for b in world.blocks for m in (b.feedforward, b.norm2)],
+        "head": [model.head],
+    }
+
+
+def parameters(model: CardiacDreamer) -> dict[str, int]:
+    """Number of parameters of each of PARTS."""
+    return {
+        part: sum(p.numel() for m in modules for p in m.parameters())
+        for part, modules in modules(model).items()
+    }
+
+
+def flops(config: ModelConfig, batch: int = 1) -> dict[str, float]:
+    """FLOP of a forward pass by formula, for each of PARTS: matrix products and convolutions.
+
+    Blocks: 2 N (4 + 2 f) d^2 in linear layers and 4 N^2 d in attention, N tokens of width d.
+    """
+    side, c, w, d = config.image_size, config.channels, config.width, config.d_model
+    if config.backbone == "resnet34":
+        macs = 49 * 64 * (side / 2) ** 2
+        for i, o, blocks, stride in RESNET34:
+            shortcut = i * o if i != o else 0
+            macs += (9 * i * o + 9 * o * o * (2 * blocks - 1) + shortcut) * (side / stride) ** 2
+    else:
+        macs = 25 * w * (side / 2) ** 2
+        for i, o, stride in ((w, 2 * w, 4), (2 * w, 4 * w, 8), (4 * w, c, 16)):
+            macs += (9 * i * o + 9 * o * o + i * o) * (side / stride) ** 2
+    cells = math.prod(config.grid)
+    n, length = (cells, c) if config.token_type == "patch" else (c, cells)
+    first, second = config.guidance
+    found = {
+        "backbone": macs,
+        "tokens": 3 * n * length * d + 6 * 64 + 64 * 256 + 256 * d,
+        "attention": config.num_layers * (4 * (n + 1) * d * d + 2 * (n + 1) ** 2 * d),
+        "feed-forward": config.num_layers * 2 * config.feedforward * (n + 1) * d * d,
+        "head": c * first + first * second + 6 * second,
+    }
+    return {part: 2.0 * batch * value for part, value in found.items()}
+
+
+def counted(config: ModelConfig, batch: int = 1) -> int:
+    """FLOP of a forward pass as torch.utils.flop_counter sees them; nothing is computed."""
+    with torch.device("meta"):
+        model = CardiacDreamer(config).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs(config, batch, "meta"))
+    return counter.get_total_flops()
+
+
+def predicted_memory(config: ModelConfig, batch: int = BATCH) -> dict[str, float]:
+    """MiB that CUDA's allocator holds after the claim's pass, by arithmetic, by kind.
+
+    Blocks of 512 bytes; weights and buffers, the input, the five outputs, cuBLAS's workspace.
+    """
+    with torch.device("meta"):
+        model = CardiacDreamer(config)
+    maps, c = (batch, config.channels, *config.grid), config.channels
+    outputs = [torch.empty(s, device="meta") for s in (maps, maps, maps, (batch, c), (batch, 6))]
+    arriving = [torch.empty(batch, 1, *[config.image_size] * 2, device="meta")]
+    arriving.append(torch.empty(batch, 6, device="meta"))
+    kinds = {
+        "parameters": model.parameters(), "buffers": model.buffers(),
+        "input": arriving, "outputs": outputs,
+    }  # fmt: skip
+    found = {
+        kind: sum(-(-t.nbytes // 512) * 512 for t in tensors) / 2**20
+        for kind, tensors in kinds.items()
+    }
+    return found | {"cuBLAS workspace": WORKSPACE / 1024}
+
+
+def crossing(sizes: Sequence[float], patch: Sequence[float], channel: Sequence[float]) -> float:
+    """Where the costs of both variants are equal: image size in px, log-linear between `sizes`.
+
+    NaN where patch tokens do not begin cheaper and end dearer within them.
+    """
+    gap = [math.log(p / c) for p, c in zip(patch, channel, strict=True)]
+    for i in range(1, len(gap)):
+        if gap[i - 1] < 0 <= gap[i]:
+            return sizes[i - 1] + (sizes[i] - sizes[i - 1]) * gap[i - 1] / (gap[i - 1] - gap[i])
+    return math.nan
+
+
+def counts(shapes: Mapping[str, Any]) -> Rows:
+    """Rows that need no clock: `parameters`, `tokens`, `flop` by formula and by the counter, the
+    `reduction` that FLOP predict, and the `predicted memory` of the claim's protocol."""
+    both, rows, total = configs(shapes), [], {}
+    for variant, config in both.items():
+        with torch.device("meta"):
+            model = CardiacDreamer(config)
+        at = {"variant": variant, "image": config.image_size}
+        rows += [row("parameters", n, "", part=p, **at) for p, n in parameters(model).items()]
+        rows.append(row("tokens", 1 + model.world.tokens.count, "", **at))
+        work, total[variant] = flops(config), counted(config)
+        for part, amount in work.items():
+            rows.append(row("flop", amount, "FLOP", part=part, protocol="formula", batch=1, **at))
+        rows.append(row("flop", total[variant], "FLOP", protocol="counter", batch=1, **at))
+        for kind, mib in predicted_memory(config).items():
+            rows.append(row("predicted memory", mib, "MiB", part=kind, batch=BATCH, **at))
+    less = 1 - total["patch"] / total["channel"]
+    return [*rows, row("reduction", less, "", protocol="operations counted")]
+
+
+# ---- verdicts ------------------------------------------------------------------------------------
+
+
+def _verdict(found: pd.Series, published: float, near: float) -> str:
+    inside = found.low - near <= published <= found.high + near
+    return "reproduced" if inside else "not reproduced"
+
+
+def verdicts(results: pd.DataFrame, config: str) -> pd.DataFrame:
+    """The published table, row by row, beside what `results` (see benchmark.table) hold.
+
+    Columns claim, published, measured, interval, verdict, config, n. Counts must be equal, memory
+    agree to 1%, the reduction in time to 2 points beyond the quartiles. Seconds on other hardware
+    get no verdict.
+    """
+    only = results.set_index("measure")
+
+    def pick(measure: str, **where: Any) -> pd.DataFrame:
+        rows = only.loc[[measure]] if measure in only.index else only.iloc[:0]
+        for column, value in where.items():
+            rows = rows[rows[column] == value]
+        return rows
+
+    found = []
+
+    def add(claim: str, published: str, got: pd.Series, text: str, verdict: str, how: str = ""):
+        interval = f"{text} to {text}".format(got.low, got.high) if got.n > 1 else ""
+        found.append([claim, published, text.format(got.value), interval, verdict,
+                      f"{config}{', ' if how else ''}{how}", int(got.n)])  # fmt: skip
+
+    for variant, claim in CLAIM.items():
+        name = f"{variant} tokens"
+        for what in ("parameters", "tokens"):
+            got = pd.Series(row(what, pick(what, variant=variant).value.sum(), ""))
+            verdict = "confirmed" if got.value == claim[what] else "differs"
+            add(f"{name}: {what}", f"{claim[what]:,}", got, "{:,.0f}", verdict)
+        measured = pick("claim memory", variant=variant)
+        got = pd.Series(row("", pick("predicted memory", variant=variant).value.sum(), ""))
+        got, how = (measured.iloc[0], "") if len(measured) else (got, "predicted by arithmetic")
+        close = abs(got.value / claim["memory"] - 1) <= 0.01
+        add(f"{name}: memory on the GPU, MB of 2^20 bytes", f"{claim['memory']}", got, "{:.1f}",
+            "confirmed to 1%" if close else "differs", how)  # fmt: skip
+        for got in pick("cold", variant=variant, protocol=CLAIMED).iloc:
+            add(f"{name}: one pass, s", f"{claim['seconds']}", got, "{:.4f}",
+                "no verdict: other hardware", "as published: one unwarmed pass")  # fmt: skip
+    for protocol, how in (
+        (CLAIMED, "as published: one unwarmed pass each, channel first"),
+        (MIRRORED, "the same, patch first"),
+        (FRESH, "one unwarmed pass, each in a fresh process"),
+        ("warm", "warm, in turn, fp32"),
+        ("operations counted", "operations counted"),
+    ):
+        rows = pick("reduction", protocol=protocol)
+        if protocol == "warm":
+            rows = rows[(rows.path == "plain") & (rows.batch == BATCH)]
+        for got in rows.iloc:
+            verdict = _verdict(got, FASTER, 0.02)
+            add("patch tokens are faster", f"{FASTER:.1%}", got, "{:.1%}", verdict, how)
+    columns = ["claim", "published", "measured", "interval", "verdict", "config", "n"]
+    return pd.DataFrame(found, columns=columns)
+
+
+GOALS = (  # measure, path, what is asked, at least or at most, threshold
+    ("overhead", "encoder", "plain fp32 blocks / PyTorch's encoder, time", "at most", 1.05),
+    ("speedup", "fast", "fast path / plain fp32, speed", "at least", 2.0),
+    ("share", "fast", "share of the machine's matrix limit", "at least", 0.7),
+    ("pose difference", "fast", "largest pose difference / spread of poses", "at most", 0.01),
+)
+
+
+def goals(results: pd.DataFrame) -> pd.DataFrame:
+    """What the project asks of itself, warm at the claim's batch: measured, interval, met."""
+    found = []
+    for measure, path, what, bound, threshold in GOALS:
+        rows = results[(results.measure == measure) & (results.path == path)]
+        if path == "fast":
+            rows = rows[rows.dtype == rows.dtype.iloc[-1]] if len(rows) else rows
+        rows = rows[(rows.batch == BATCH) | (measure == "pose difference")]
+        for got in rows.iloc:
+            met = got.value >= threshold if bound == "at least" else got.value <= threshold
+            found.append([what, got.variant, got.dtype, f"{bound} {threshold}", got.value,
+                          f"{got.low:.3g} to {got.high:.3g}", "yes" if met else "no"])  # fmt: skip
+    return pd.DataFrame(found, columns=["goal", "variant", "dtype", "asked", "measured",
+                                        "interval", "met"])  # fmt: skip
