@@ -61,33 +61,61 @@ class Frames(NamedTuple):
     occupancy: Tensor
 
 
+def _grid(size: int) -> tuple[Tensor, Tensor]:
+    """Beam angles (radians) and sample depths (mm) for pictures of `size` pixels."""
+    beams, samples = 20 + round(0.42 * size), round(1.3 * size) + 8
+    theta = torch.linspace(-HALF_ANGLE, HALF_ANGLE, beams, dtype=torch.float64)
+    return theta, torch.linspace(0, DEPTH, samples, dtype=torch.float64)
+
+
+def _point_spread(theta: Tensor, r: Tensor, device) -> tuple[list[float], Tensor]:
+    """Weights at offsets 0, 1, ...: a pulse of constant length, and per depth a beam that is
+    narrowest at its focus; each gives white noise of unit power unit power again."""
+    sigma = 0.75 / float(r[-1] / (len(r) - 1))
+    reach = max(1, math.ceil(2.2 * sigma))
+    pulse = torch.exp(-((torch.arange(reach + 1) / sigma) ** 2) / 2)
+    norm = (pulse[0] ** 2 + 2 * (pulse[1:] ** 2).sum()).sqrt()
+    step = math.degrees(2 * HALF_ANGLE / (len(theta) - 1))
+    width = (0.85 + 0.9 * ((r - 75) / 85) ** 2) / step
+    reach = max(1, math.ceil(2.2 * float(width.max())))
+    taps = torch.exp(-((torch.arange(reach + 1)[:, None] / width) ** 2) / 2)
+    taps = taps / (taps[0] ** 2 + 2 * (taps[1:] ** 2).sum(0)).sqrt()
+    return (pulse / norm).tolist(), taps.float().to(device)
+
+
+def _coherent(pulse: list[float], beam: Tensor) -> float:
+    """What the point spread makes of a field of ones, halfway down."""
+    middle = beam[:, beam.shape[1] // 2]
+    return (pulse[0] + 2 * sum(pulse[1:])) * float(middle[0] + 2 * middle[1:].sum())
+
+
 class Sector:
     """The polar grid, the point spread and the way to pixels for pictures of one size."""
 
     def __init__(self, size: int, device: torch.device):
         self.size, self.device = size, device
-        self.beams, self.samples = 20 + round(0.42 * size), round(1.3 * size) + 8
+        self.theta, self.r = _grid(size)
+        self.beams, self.samples = len(self.theta), len(self.r)
         self.dr = DEPTH / (self.samples - 1)
         self.near = min(self.samples, math.ceil(NEAR / self.dr))
-        self.theta = torch.linspace(-HALF_ANGLE, HALF_ANGLE, self.beams, dtype=torch.float64)
-        self.r = torch.linspace(0, DEPTH, self.samples, dtype=torch.float64)
         self.direction = torch.stack((self.theta.sin(), self.theta.cos())).float().to(device)
         depth = self.r.float().to(device)
         self.depth = depth
         points = self.direction[:, :, None] * depth
         self.points = torch.stack((points[0], torch.zeros_like(points[0]), points[1])).flatten(1)
-        # Point spread: a pulse of constant length, a beam that is narrowest at its focus.
-        sigma = 0.75 / self.dr
-        reach = max(1, math.ceil(2.2 * sigma))
-        pulse = torch.exp(-((torch.arange(reach + 1) / sigma) ** 2) / 2)
-        norm = (pulse[0] ** 2 + 2 * (pulse[1:] ** 2).sum()).sqrt()
-        self.pulse = (pulse / norm).tolist()
-        step = math.degrees(2 * HALF_ANGLE / (self.beams - 1))
-        width = (0.85 + 0.9 * ((self.r - 75) / 85) ** 2) / step
-        self.reach = max(1, math.ceil(2.2 * float(width.max())))
-        taps = torch.exp(-((torch.arange(self.reach + 1)[:, None] / width) ** 2) / 2)
-        taps = taps / (taps[0] ** 2 + 2 * (taps[1:] ** 2).sum(0)).sqrt()
-        self.beam = taps.float().to(device)
+        self.pulse, self.beam = _point_spread(self.theta, self.r, device)
+        self.reach = len(self.beam) - 1
+        # Smooth surfaces add up in phase, speckle does not: keep their ratio at every size.
+        self.surface = _coherent(*_point_spread(*_grid(112), device)) / _coherent(
+            self.pulse, self.beam
+        )
+        # Where samples lie closer than scatterers' cells, neighbours share one: no gain from that.
+        both = torch.tensor(self.pulse[:0:-1] + self.pulse, dtype=torch.float64)
+        apart = (
+            torch.arange(len(both))[:, None] - torch.arange(len(both))
+        ).abs().double() * self.dr
+        alike = (1 - apart / VOXEL).clamp(min=0)
+        self.tissue = 1.0 if self.dr >= VOXEL else float((both @ alike @ both) ** -0.5)
         self._pixels()
         self._noise()
 
@@ -344,6 +372,8 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
         shine[..., : grid.near].addcmul_(
             _bell(ribs, 1.0), _along(ribs, grid.dr).square_(), value=0.1
         )
+    shine.mul_(grid.surface)
+    strength.mul_(grid.tissue)
     noise = grid.lookup(scene.material, patient.hash, VOXEL)
     path = path * torch.exp(1.6 * torch.sigmoid((grid.depth - 68) / 14) - 0.75)
     re = torch.addcmul(shine * (noise[0] * 0.35 + 0.6), strength, noise[0]).mul_(path)
