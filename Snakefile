@@ -10,10 +10,12 @@ takes `runs` for every training. Notebooks that do not exist yet are no steps. E
 one `trainer`: `make figures` grants one, so that no two share the cores, a cluster as many as run.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 
+import dreamer.pipeline
 from dreamer.pipeline import known_parameters, preset_parameters
 
 VARIANTS = ("patch", "channel")
@@ -72,6 +74,10 @@ TRAINED = [
     for variant in VARIANTS for split in SPLITS for seed in SEEDS if TRAINING in NOTEBOOKS
 ]
 CONTROL = [f"{RUNS}/none{split}-seed0" for split in SPLITS if TRAINING in NOTEBOOKS]
+# Trainings are compared with one another, so all are of one code; a change of it trains anew.
+LEARNS = ("poses.py", "data.py", "tokens.py", "model.py", "training.py", "phantom/*.py")
+SOURCES = sorted(f for name in LEARNS for f in Path(dreamer.pipeline.__file__).parent.glob(name))
+CODE = hashlib.sha256(b"".join(f.read_bytes() for f in SOURCES)).hexdigest()[:16]
 
 
 def runs(step):
@@ -152,6 +158,7 @@ rule train:
         f"{RUNS}/notebooks/02_train-{{run}}.ipynb",
     params:
         parameters=lambda wildcards: training(wildcards.run),
+        code=CODE,
         promised=[
             f"--output {RUNS}/tables/{{run}}/{name}"
             for name in PROMISED.get(TRAINING, ())
@@ -160,7 +167,7 @@ rule train:
     resources:
         trainer=1,
     shell:
-        RUN + f" --run {RUNS}/{{wildcards.run}}"
+        RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}"
 
 
 for step in NOTEBOOKS:

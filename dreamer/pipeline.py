@@ -145,7 +145,7 @@ def set_aside(run: str | Path, parameters: Mapping[str, Any]) -> None:
     """Move a run folder that was begun with other parameters to `<run>.before`; one is kept.
 
     A run goes on only with the configuration it was begun with, which stands beside it in
-    `<run>.json`; so a changed preset trains anew, and an interrupted training goes on.
+    `<run>.json`; so a changed preset or code trains anew, and an interrupted training goes on.
     """
     run, wanted = Path(run), json.dumps(dict(parameters), sort_keys=True, indent=1)
     card, before = run.with_name(f"{run.name}.json"), run.with_name(f"{run.name}.before")
@@ -264,7 +264,9 @@ def main() -> int:
     parser.add_argument("-f", action="append", default=[], metavar="FILE", help="parameters")
     parser.add_argument("-p", action="append", default=[], nargs=2, metavar=("NAME", "YAML"))
     parser.add_argument("-y", action="append", default=[], metavar="YAML", help="parameters")
-    parser.add_argument("--run", help="the run folder, set aside if begun with other parameters")
+    parser.add_argument(
+        "--run", nargs=2, metavar=("FOLDER", "CODE"), help="set aside a run begun otherwise"
+    )
     parser.add_argument("--timeout", type=float, help="seconds for each cell")
     given = parser.parse_args()
     try:
@@ -275,7 +277,7 @@ def main() -> int:
             values |= yaml.safe_load(text)
         values |= {name: yaml.safe_load(text) for name, text in given.p}
         if given.run:
-            set_aside(given.run, values)
+            set_aside(given.run[0], {**values, "code": given.run[1]})
         run_notebook(given.notebook, values, given.executed, given.output, timeout=given.timeout)
     except NotebookError as error:
         print(error, file=sys.stderr)

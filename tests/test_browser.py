@@ -115,7 +115,10 @@ def lab(root, tmp_path):
             yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=a-test&reset"
         finally:
             server.terminate()
-            server.wait(20)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def parameterised(root: Path, notebook: str, target: Path, **values) -> Path:
@@ -144,18 +147,19 @@ def test_training_notebook_in_jupyterlab(browser, root, lab, tmp_path):
         token_type="channel", run=str(tmp_path / "run"), output=str(tmp_path / "figures"),
     )  # fmt: skip
     view = browser.new_page(viewport={"width": 1400, "height": 1000})
+    view.set_default_timeout(120_000)  # generous: other work may share the machine
     view.goto(lab.format("work/02_train.ipynb"))
-    view.locator(".jp-NotebookPanel-toolbar").wait_for(timeout=90_000)
-    view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=90_000)
+    view.locator(".jp-NotebookPanel-toolbar").wait_for()
+    view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
     view.get_by_role("menuitem", name="Run", exact=True).click()
     view.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     last = tmp_path / "figures"
-    for _ in range(240):
+    for _ in range(600):
         view.wait_for_timeout(500)
         assert not view.locator(".jp-RenderedText .ansi-red-fg").count(), "a cell failed"
         if list(last.glob("02_*.csv")) and view.locator(".jp-OutputArea table").count():
             break
-    view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=90_000)
+    view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
     assert view.locator(".jp-OutputArea table").count(), "no table was shown"
     view.locator(".jp-OutputArea table").last.scroll_into_view_if_needed()
     shot = tmp_path / "lab.png"
