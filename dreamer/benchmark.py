@@ -195,8 +195,9 @@ def _compared(seconds: dict[tuple, NDArray], amount: dict[tuple, float], where: 
         if path == "encoder":
             rows.append(row("overhead", seconds[variant, "blocks", dtype] / values, "", **at))
         elif path != "blocks":
-            plain = seconds[variant, "plain", "float32"]
-            rows.append(row("speedup", plain / values, "", **at))
+            if path != "plain":
+                plain = seconds[variant, "plain", "float32"]
+                rows.append(row("speedup", plain / values, "", **at))
             if dtype in limit:
                 share = amount[variant, path, dtype] / values / limit[dtype]
                 rows.append(row("share", share, "", **at))
@@ -440,12 +441,16 @@ def table(rows: Iterable[dict[str, Any]], about: Mapping[str, str]) -> pd.DataFr
 
 def save(frame: pd.DataFrame, about: Mapping[str, str], output: str | Path, name: str) -> None:
     """`name`.csv, and `name`.json with the machine, versions and date beside the same rows."""
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{name}.csv", frame.to_csv(index=False).encode())
+    save_table(frame, output, name)
     rows = json.loads(frame[list(COLUMNS)].to_json(orient="records"))
     text = json.dumps({"machine": dict(about), "rows": rows}, indent=1)
-    write_whole(folder / f"{name}.json", text.encode())
+    write_whole(Path(output) / f"{name}.json", text.encode())
+
+
+def save_table(frame: pd.DataFrame, output: str | Path, name: str) -> None:
+    """A table as `name`.csv, written whole."""
+    Path(output).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(output) / f"{name}.csv", frame.to_csv(index=False).encode())
 
 
 def load(files: Iterable[str | Path]) -> pd.DataFrame:

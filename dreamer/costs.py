@@ -91,7 +91,7 @@ def flops(config: ModelConfig, batch: int = 1) -> dict[str, float]:
             macs += (9 * i * o + 9 * o * o * (2 * blocks - 1) + shortcut) * (side / stride) ** 2
     else:
         macs = 25 * w * (side / 2) ** 2
-        for i, o, stride in ((w, 2 * w, 4), (2 * w, 4 * w, 8), (4 * w, c, 16)):
+        for i, o, stride in ((w, 4 * w, 8), (4 * w, c, 16)):
             macs += (9 * i * o + 9 * o * o + i * o) * (side / stride) ** 2
     cells = math.prod(config.grid)
     n, length = (cells, c) if config.token_type == "patch" else (c, cells)
@@ -169,6 +169,14 @@ def counts(shapes: Mapping[str, Any]) -> Rows:
     return [*rows, row("reduction", less, "", protocol="operations counted")]
 
 
+def describe(shapes: Mapping[str, Any]) -> str:
+    """The configuration in words, as verdicts and captions give it."""
+    c = configs(shapes)["patch"]
+    return (
+        f"{c.backbone} {c.image_size} px, width {c.d_model}, {c.num_layers} layers, batch {BATCH}"
+    )
+
+
 # ---- verdicts ------------------------------------------------------------------------------------
 
 
@@ -177,12 +185,12 @@ def _verdict(found: pd.Series, published: float, near: float) -> str:
     return "reproduced" if inside else "not reproduced"
 
 
-def verdicts(results: pd.DataFrame, config: str) -> pd.DataFrame:
+def verdicts(results: pd.DataFrame, config: str, full: bool) -> pd.DataFrame:
     """The published table, row by row, beside what `results` (see benchmark.table) hold.
 
     Columns claim, published, measured, interval, verdict, config, n. Counts must be equal, memory
     agree to 1%, the reduction in time to 2 points beyond the quartiles. Seconds on other hardware
-    get no verdict.
+    get no verdict; nothing does where the shapes are not the published ones (`full` False).
     """
     only = results.set_index("measure")
 
@@ -196,6 +204,7 @@ def verdicts(results: pd.DataFrame, config: str) -> pd.DataFrame:
 
     def add(claim: str, published: str, got: pd.Series, text: str, verdict: str, how: str = ""):
         interval = f"{text} to {text}".format(got.low, got.high) if got.n > 1 else ""
+        verdict = verdict if full else "no verdict: other shapes"
         found.append([claim, published, text.format(got.value), interval, verdict,
                       f"{config}{', ' if how else ''}{how}", int(got.n)])  # fmt: skip
 
@@ -249,7 +258,32 @@ def goals(results: pd.DataFrame) -> pd.DataFrame:
         rows = rows[(rows.batch == BATCH) | (measure == "pose difference")]
         for got in rows.iloc:
             met = got.value >= threshold if bound == "at least" else got.value <= threshold
-            found.append([what, got.variant, got.dtype, f"{bound} {threshold}", got.value,
+            found.append([what, got.variant, got['dtype'], f"{bound} {threshold}", got.value,
                           f"{got.low:.3g} to {got.high:.3g}", "yes" if met else "no"])  # fmt: skip
     return pd.DataFrame(found, columns=["goal", "variant", "dtype", "asked", "measured",
                                         "interval", "met"])  # fmt: skip
+
+
+def conclusion(results: pd.DataFrame, equal: Mapping[str, float]) -> str:
+    """What a run shows, in Markdown, from its numbers; `equal`: see figures.benchmark.scaling."""
+    less = results[(results.measure == "reduction") & (results.path.isin(["plain", ""]))]
+    less = less[less.batch.isna() | (less.batch == BATCH)].set_index("protocol").value
+    cold = results[results.measure == "cold"].set_index(["protocol", "variant"]).value
+    warm = results[(results.measure == "latency") & (results.path == "plain")]
+    warm = warm[warm.batch == BATCH].set_index("variant").value
+    first = cold[CLAIMED, "channel"] - warm["channel"], cold[MIRRORED, "patch"] - warm["patch"]
+    crossing = [f"{name} at {px:.0f} px" for name, px in equal.items() if math.isfinite(px)]
+    return f"""
+- By the published protocol (one unwarmed pass each, channel tokens first) patch tokens look
+  **{less[CLAIMED]:.1%}** faster here; in the opposite order **{less[MIRRORED]:.1%}**. The first
+  pass of a process costs {first[0]:.2f} s more than a warm one when channel tokens run first, and
+  {first[1]:.2f} s more when patch tokens do: whoever runs first pays. A single cold pass measures
+  the order as well as the model.
+- Warm, in turn, patch tokens are **{less["warm"]:.1%}** faster; operations counted say
+  **{less["operations counted"]:.1%}**. The published 95.7% would need a ratio of
+  {1 / (1 - FASTER):.0f}; warm it is {warm["channel"] / warm["patch"]:.1f}.
+- Equal cost of both transformers: {" and ".join(crossing) or "not within these image sizes"}.
+  Below, patch tokens are cheaper; above, channel tokens.
+- Not shown: accuracy (that is for the evaluation), and other hardware: a GPU's start costs more,
+  a processor without bf16 gains less. Run this notebook there and plot the results together.
+"""
