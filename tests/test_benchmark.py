@@ -1,4 +1,4 @@
-"""Benchmark: counts against the counter and by hand, the fast path, protocols, verdicts, refusals."""
+"""Benchmark: counts against counter and hand, fast path, protocols, verdicts, refusals."""
 
 import json
 import math
