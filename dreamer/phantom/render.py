@@ -277,7 +277,8 @@ def _along(distance: Tensor, dr: float) -> Tensor:
 
 
 def _bell(distance: Tensor, width: float) -> Tensor:
-    return (distance * (1 / width)).square_().neg_().exp_()
+    # Clamped: further out numbers would be denormal, and those are slow.
+    return (distance * (1 / width)).square_().clamp_(max=80).neg_().exp_()
 
 
 def _frames(patient: Patient, pose: Tensor, phase: Tensor, without, target: str, grid: Sector):
