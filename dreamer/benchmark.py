@@ -3,15 +3,15 @@
 The claim's times came from one unwarmed pass each, channel tokens first, read off the wall clock
 without waiting for the device: the first variant paid for starting it. Here that protocol stands
 beside its mirror image, single passes in fresh processes, and warm rounds in which all variants
-take turns (torch.utils.benchmark). Every result is one row of COLUMNS: median, quartiles and
-number n of its values, in s, FLOP/s, MiB or as a ratio.
+take turns (by the clock of torch.utils.benchmark). Every result is one row of COLUMNS: median,
+quartiles and number n of its values, in s, FLOP/s, MiB or as a ratio.
 """
 
 import json
 import logging
 import math
 import platform
-import time
+import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as clock
 
 from dreamer import cold
 from dreamer.cold import DTYPES, build, stepper
@@ -81,17 +81,16 @@ def choose(device: str, dtypes: Iterable[str]) -> tuple[torch.device, list[str]]
 def warm(calls: Mapping[Any, Call], repeats: int, least: float = 0.02) -> dict[Any, NDArray]:
     """Seconds of each call in `repeats` rounds, all calls in turn within a round.
 
-    torch.utils.benchmark waits for the device; a call shorter than `least` seconds is repeated
-    within its turn. An unmeasured round warms everything up.
+    The clock is torch.utils.benchmark's, which waits for the device; a call shorter than `least`
+    seconds is repeated within its turn. Two unmeasured rounds warm everything up.
     """
-    threads = torch.get_num_threads()
-    timers = {
-        k: Timer("call()", globals={"call": c}, num_threads=threads) for k, c in calls.items()
-    }
+    timers = {key: timeit.Timer(call, timer=clock) for key, call in calls.items()}
     for timer in timers.values():
         timer.timeit(1)
-    number = {k: max(1, math.ceil(least / t.timeit(1).mean)) for k, t in timers.items()}
-    rounds = [{k: t.timeit(number[k]).mean for k, t in timers.items()} for _ in range(repeats)]
+    number = {k: max(1, math.ceil(least / max(t.timeit(1), 1e-6))) for k, t in timers.items()}
+    rounds = [
+        {k: t.timeit(number[k]) / number[k] for k, t in timers.items()} for _ in range(repeats)
+    ]
     return {key: np.array([r[key] for r in rounds]) for key in calls}
 
 
@@ -241,10 +240,10 @@ def parts(ways: Paths, repeats: int) -> Rows:
             )
 
             def start(_module, _given, part="", spent=spent):
-                spent[part] -= _now(device)
+                spent[part] -= clock()
 
             def stop(_module, _given, _result, part="", spent=spent):
-                spent[part] += _now(device)
+                spent[part] += clock()
 
             for part, members in modules(getattr(model, "model", model)).items():
                 for module in members:
@@ -253,9 +252,9 @@ def parts(ways: Paths, repeats: int) -> Rows:
             rounds = []
             for _ in range(repeats + 1):
                 spent.clear()
-                begun = _now(device)
+                begun = clock()
                 model(*given)
-                whole = _now(device) - begun
+                whole = clock() - begun
                 rounds.append({**spent, "rest": whole - sum(spent.values())})
             for hook in hooks:
                 hook.remove()
@@ -263,12 +262,6 @@ def parts(ways: Paths, repeats: int) -> Rows:
                 values, at = [r[part] for r in rounds[1:]], {"path": path, "dtype": dtype}
                 rows.append(row("part", values, "s", variant=variant, part=part, batch=BATCH, **at))
     return rows
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -363,11 +356,11 @@ def passes(shapes: Mapping[str, Any], device: torch.device, repeats: int) -> Row
     found = defaultdict(list)  # (protocol, variant) -> one value per process
     memory = defaultdict(list)
     for _ in range(repeats):
-        for protocol, (orders, clock) in PASSES.items():
+        for protocol, (orders, which) in PASSES.items():
             for order in orders:
                 got = cold.apart(cold.single, [both[v] for v in order], device.type)
                 for variant, measured in got.items():
-                    found[protocol, variant].append(measured[clock])
+                    found[protocol, variant].append(measured[which])
                     if protocol == CLAIMED:
                         memory[variant].append(measured["memory"])
     at = {"path": "plain", "dtype": "float32", "batch": BATCH, "image": both["patch"].image_size}
