@@ -424,3 +424,13 @@ def test_it_refuses_bad_arguments_before_it_writes(change, tmp_path):
     with pytest.raises(ValueError, match=next(iter(change))):
         generate(tmp_path / "new", **(SMALL | change))
     assert not (tmp_path / "new").exists()
+
+
+def test_it_refuses_too_little_disk(tmp_path, monkeypatch):
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    with pytest.raises(OSError, match=r"MiB free, about .* needed"):
+        generate(tmp_path / "set", 4, 10, size=32)
+    assert not list((tmp_path / "set").glob("patient*"))

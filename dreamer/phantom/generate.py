@@ -43,7 +43,7 @@ def generate(
     (`"motion"` in each record). Pictures are `size` x `size`. `device`: CUDA where there is one, if
     None; bytes are the same for the same arguments on one kind of device, whatever `threads` is. A
     folder begun with the same arguments is finished. Raises ValueError for bad arguments and for a
-    folder that holds anything else or was begun with others.
+    folder that holds anything else or was begun with others, OSError with too little disk.
     """
     arguments = {
         "patients": patients,
@@ -63,6 +63,12 @@ def generate(
     threads = threads or (min(os.cpu_count() or 1, 16) if device.type == "cpu" else 2)
     folder = Path(folder)
     todo = _begin(folder, arguments)
+    needed = 3 * size**2 * frames * len(todo)  # pictures twice and labels, as measured at 112 px
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(
+            f"{folder}: {free / 2**20:.0f} MiB free, about {needed / 2**20:.0f} needed; free some, "
+            "or ask for fewer patients or frames"
+        )
     sector(size, str(device))  # made once, before the threads ask for it
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # one patient a thread: sums are formed in one order
