@@ -111,7 +111,7 @@ def fast(
 
     `dtype` float32 or bfloat16; None takes bfloat16 where the machine has it. `compile` costs tens
     of seconds at the first call of each batch size. Against fp32 the pose moves by less than 1% of
-    the spread of the training poses (1e-4 with float32). Raises ValueError for another dtype, or while
+    the training poses' spread (1e-4 with float32). Raises ValueError for another dtype, or while
     attention is being recorded: its weights are not made here.
     """
     device = model.pose_std.device
