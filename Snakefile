@@ -30,9 +30,20 @@ PHANTOM = {  # patients, frames of each, pixels; the presets' models want these 
 PROMISED = {
     "01_data": ("01_leak.csv", "01_grey.csv", "01_frames.png", "01_actions.png"),
     "02_train": ("02_accuracy.csv", "02_curves.png", "02_accuracy.png", "02_predicted.png"),
+    "03_benchmark": ("03_verdicts.csv", "03_goals.csv", "03_benchmark.csv", "03_cold_warm.png"),
     "04_compare": ("04_verdicts.csv", "04_accuracy.csv", "04_accuracy.png", "04_convergence.png"),
     "05_attention": ("05_reading.csv", "05_gallery.png"),
     "06_attribution": ("06_scores.csv", "06_verdicts.csv", "06_maps.png"),
+}
+# What a notebook takes less of where only its running is tested.
+SMOKE = {
+    "03_benchmark": dict(
+        batch_sizes=[1, 4], repeats=1, processes=1, image_sizes=[32, 64],
+        shapes=dict(backbone="compact", image_size=32, channels=16, width=4, d_model=16,
+                    num_heads=2, num_layers=1, guidance=[32, 16]),
+    ),
+    "05_attention": dict(frames=6),
+    "06_attribution": dict(frames=6, few=3, steps=4),
 }
 
 PRESET = config.get("preset", "laptop")
@@ -89,6 +100,7 @@ def parameters(step, **given):
     """As JSON: the preset's part, then what the pipeline itself says, where the notebook takes it."""
     takes = known_parameters(NOTEBOOKS[step])
     said = {"data": DATA, "output": OUTPUT, "runs": runs(step), **given}
+    said |= SMOKE.get(step, {}) if PRESET == "smoke" else {}
     said = {name: value for name, value in said.items() if name in takes}
     return json.dumps(preset_parameters(PRESET_FILE, NOTEBOOKS[step]) | said)
 

@@ -119,7 +119,7 @@ def run_notebook(
     try:
         papermill.execute_notebook(
             str(notebook), str(executed), dict(parameters), cwd=str(cwd), kernel_name="python3",
-            progress_bar=False, execution_timeout=timeout,
+            progress_bar=False, execution_timeout=timeout, start_timeout=300,
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         raise NotebookError(
