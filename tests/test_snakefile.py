@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +31,9 @@ Path(output, "07_rows.csv").write_text("row\\n" + "\\n".join(map(json.dumps, row
 @pytest.fixture
 def project(root, tmp_path, make_notebook):
     """A project folder with the real Snakefile, tiny notebooks and one scan."""
-    shutil.copy(root / "Snakefile", tmp_path)
+    # The real one but for its promises: the tiny notebooks draw no figures.
+    rules = re.sub(r'^    "0\d_\w+": \(".*\),\n', "", (root / "Snakefile").read_text(), flags=re.M)
+    (tmp_path / "Snakefile").write_text(rules)
     books = tmp_path / "notebooks"
     make_notebook(
         books / "02_train.ipynb",
