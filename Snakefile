@@ -102,7 +102,10 @@ def parameters(step, **given):
     said = {"data": DATA, "output": OUTPUT, "runs": runs(step), **given}
     said |= SMOKE.get(step, {}) if PRESET == "smoke" else {}
     said = {name: value for name, value in said.items() if name in takes}
-    return json.dumps(preset_parameters(PRESET_FILE, NOTEBOOKS[step]) | said)
+    preset = preset_parameters(PRESET_FILE, NOTEBOOKS[step])
+    if PRESET == "smoke" and "training" in preset:
+        preset["training"]["test"] = 2  # people; an interval over them needs two
+    return json.dumps(preset | said)
 
 
 def trained(folders):

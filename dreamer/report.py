@@ -97,9 +97,11 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
         books.append({"file": f"notebooks/{file.stem}.html", "title": title, "stem": file.stem})
     figures = []
     for file in sorted(output.glob("[0-9][0-9]_*.json")):
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(notes, dict) or "caption" not in notes:
+            continue  # a notebook's own data, not a figure's caption
         with Image.open(file.with_suffix(".png")) as picture:
             size = picture.size
-        notes = json.loads(file.read_text(encoding="utf-8"))
         figures.append({**notes, "name": file.stem, "width": size[0], "height": size[1]})
     tables = _tables(output)
     numbers = sorted({f["name"][:2] for f in figures} | {t["number"] for t in tables})
