@@ -6,6 +6,8 @@ that the notebooks wrote, and the executed notebooks stand beside it as HTML.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import platform
@@ -41,6 +43,16 @@ def _title(book: nbformat.NotebookNode, otherwise: str) -> str:
     return heads[0] if heads else otherwise
 
 
+def _smaller(png: str) -> str:
+    """A base64 PNG as an <img> of at most 600 px in WebP: the figures themselves lie beside."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.thumbnail((600, 4000))
+    webp = io.BytesIO()
+    picture.save(webp, "WEBP", quality=50)
+    inside = base64.b64encode(webp.getvalue()).decode()
+    return f'<img alt="output of the cell above" src="data:image/webp;base64,{inside}">'
+
+
 def notebook_html(file: Path) -> tuple[str, str]:
     """An executed notebook's title and body as HTML, without scripts, widgets and progress bars."""
     book = nbformat.read(file, as_version=4)
@@ -53,6 +65,8 @@ def notebook_html(file: Path) -> tuple[str, str]:
                 output.data = {k: output.data[k] for k in kinds if k in output.data}
                 if widget or not output.data:
                     continue
+                if png := output.data.pop("image/png", None):
+                    output.data = {"text/html": _smaller(png)}
             if output.get("name") == "stderr":
                 continue
             kept.append(output)
@@ -90,6 +104,8 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
     }
     books = []
     for file in sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb")):
+        if re.search(r"-seed[1-9]", file.stem):
+            continue  # one training of each kind shows them all, and keeps the page small
         title, body = notebook_html(file)
         text = template.render(title=title, body=body, **common)
         (output / "notebooks").mkdir(parents=True, exist_ok=True)
