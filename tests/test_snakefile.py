@@ -109,7 +109,8 @@ def test_killed_in_training_goes_on_and_ends_the_same(project, blow):
     slow = project / "notebooks" / "parameters" / "smoke.yaml"
     slow.write_text("model: {epochs: 3, pause: 3.0}\n")
     run = project / "data" / "runs" / "smoke-scans" / "patch-seed0"
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # a background shell's children ignore SIGINT unless told otherwise
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), args=
         COMMAND, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
