@@ -19,7 +19,7 @@ Distributions (mean, SD) of adults, women / men:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -187,6 +187,12 @@ class Patient:
         }
         # fmt: on
         self.tricuspid = np.array([septal - ra + 4.0, 0, zt])
+        # hinge's centre and axis (into the outflow), radius, the longer leaflet's side and share
+        self.valves = {
+            "mitral_valve": ((0, 0, length), (0, 0, -1), self.annulus, (-0.5, -0.87, 0), 0.25),
+            "tricuspid_valve": (self.tricuspid, (0.1, 0, -0.995), 15.5, (0.6, -0.8, 0), 0.2),
+            "aortic_valve": (*self.aortic, (1.0, 0, 0), 0.0),
+        }
         # Every shape is read off linear forms of the point: one matrix product for all.
         rows, shift = [], []
         for centre, radii in self.ellipsoids.values():
@@ -197,6 +203,10 @@ class Patient:
             along = (end - start) / np.linalg.norm(end - start)
             rows += [along, -2 * start]
             shift += [-along @ start, start @ start]
+        for centre, axis, ring, longer, uneven in self.valves.values():
+            centre = np.asarray(centre, float) - np.array(longer) * uneven * ring
+            rows += [-2 * centre, np.asarray(axis, float), np.array(longer, float)]
+            shift += [centre @ centre, -np.dot(axis, centre), -np.dot(longer, centre)]
         self._rows = torch.tensor(np.array(rows), dtype=torch.float32)
         self._shift = torch.tensor(np.array(shift), dtype=torch.float32)
 
@@ -285,7 +295,8 @@ class Patient:
         for name, (start, end, radius) in self.tubes.items():
             q, d2 = next(forms), next(forms).add_(p2)
             t = q.clamp(0, float(np.linalg.norm(np.subtract(end, start))))
-            tube[name] = d2.addcmul_(t, t - 2 * q).clamp_(min=0).sqrt_().sub_(radius)
+            d2.addcmul_(t, q.mul_(-2).add_(t))
+            tube[name] = d2.clamp_(min=0).sqrt_().sub_(radius)
 
         s, length = self.size, self.size["lv_length"]
         radius = r2.sqrt()
@@ -348,7 +359,7 @@ class Patient:
         paint("aorta", root < 0)
         pap = torch.minimum(tube["pap_1"], tube["pap_2"])
         paint("papillary_muscles", pap < 0)
-        valves = self._leaflets(x, y, z, mitral, aortic)
+        valves = self._leaflets(forms, p2, mitral, aortic)
         for name in VALVES:
             paint(name, valves[name] < 0)
         lumens = {
@@ -370,28 +381,20 @@ class Patient:
             tuple(v.unflatten(1, shape) for v in material),
         )
 
-    def _leaflets(self, x, y, z, mitral: Tensor, aortic: Tensor) -> dict[str, Tensor]:
+    def _leaflets(
+        self, forms: Iterator[Tensor], p2: Tensor, mitral: Tensor, aortic: Tensor
+    ) -> dict[str, Tensor]:
         """Distances to the leaflets: in each half-plane through a valve's axis, one segment.
 
         It runs from the hinge on the annulus into the ventricle (mitral, tricuspid) or the root
         (aortic), and swings between closed (edges meet on the axis) and open.
         """
-        length = self.size["lv_length"]
-        specs = {  # hinge's centre and axis (into the valve's outflow), radius, longer leaflet
-            "mitral_valve": ((0, 0, length), (0, 0, -1), self.annulus, (-0.5, -0.87), 0.25, mitral),
-            "tricuspid_valve": (self.tricuspid, (0.1, 0, -0.995), 15.5, (0.6, -0.8), 0.2, mitral),
-            "aortic_valve": (*self.aortic, (1, 0), 0.0, aortic),
-        }
         found = {}
-        for name, (centre, axis, ring, longer, uneven, opening) in specs.items():
-            dx, dy, dz = (c - float(o) for c, o in zip((x, y, z), centre, strict=True))
-            dx.add_(longer[0] * uneven * ring)
-            dy.add_(longer[1] * uneven * ring)
-            h = dx * float(axis[0]) + dy * float(axis[1]) + dz * float(axis[2])
-            r = torch.addcmul(dx * dx, dy, dy).addcmul_(dz, dz).addcmul_(h, h, value=-1)
-            r = r.clamp_(min=0).sqrt_()
-            hinge = (dx * longer[0] + dy * longer[1]).div_(r + 1).mul_(ring * uneven).add_(ring)
-            angle = 0.42 + opening * 0.85
+        for name, (_, _, ring, _, uneven) in self.valves.items():
+            r, h, side = next(forms).add_(p2), next(forms), next(forms)
+            r = r.addcmul_(h, h, value=-1).clamp_(min=0).sqrt_()
+            hinge = side.div_(r + 1).mul_(ring * uneven).add_(ring)
+            angle = 0.42 + (aortic if name == "aortic_valve" else mitral) * 0.85
             ca, sa = torch.cos(angle), torch.sin(angle)
             inward = hinge - r
             along = torch.addcmul(inward * ca, h, sa)
@@ -399,8 +402,9 @@ class Patient:
             # A belly: the closed leaflet bows towards the chamber it shuts off.
             bow = t / hinge
             bow = bow.addcmul_(bow, bow, value=-1).mul_(5.0)
-            found[name] = torch.hypot(along - t, bow.addcmul_(h, ca).addcmul_(inward, sa, value=-1))
-            found[name].sub_(0.75 if name == "aortic_valve" else 0.95)
+            off = bow.addcmul_(h, ca).addcmul_(inward, sa, value=-1).square_()
+            gap = along.sub_(t).square_().add_(off).sqrt_()
+            found[name] = gap.sub_(0.75 if name == "aortic_valve" else 0.95)
         return found
 
     def _chest(self, chest: Tensor, near: int, label: Tensor, without: str | None) -> None:

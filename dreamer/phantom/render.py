@@ -25,7 +25,7 @@ APEX, RADIUS, HALF_ANGLE, DEPTH = (111.5, -1.0), 221.0, math.radians(30.7), 160.
 NEAR = 52.0  # mm: nothing of the chest wall lies deeper
 GRID = 7  # cells of the occupancy grid, per side
 SIZES = (32, 1024)
-CHUNK = 4  # frames computed at once; results do not depend on how many are asked for
+CHUNK = 130_000  # samples computed at once: few enough to stay near the core, many for one call
 VOXEL = 0.6  # mm, edge of a scatterer's cell
 
 # name: echo strength dB, attenuation left after time-gain compensation dB/cm
@@ -63,7 +63,7 @@ class Frames(NamedTuple):
 
 def _grid(size: int) -> tuple[Tensor, Tensor]:
     """Beam angles (radians) and sample depths (mm) for pictures of `size` pixels."""
-    beams, samples = 20 + round(0.42 * size), round(1.3 * size) + 8
+    beams, samples = 26 + round(0.3 * size), 50 + round(0.8 * size)
     theta = torch.linspace(-HALF_ANGLE, HALF_ANGLE, beams, dtype=torch.float64)
     return theta, torch.linspace(0, DEPTH, samples, dtype=torch.float64)
 
@@ -180,17 +180,17 @@ class Sector:
             out[:, :-k].addcmul_(field[:, k:], self.beam[k])
         return out
 
-    def lookup(self, material: tuple[Tensor, ...], offset: int, cell: float):
-        """Complex white field [2] at material points, mm, in cubes of edge `cell`: the same point,
-        the same scatterer."""
+    def lookup(self, material: tuple[Tensor, ...], offset: int, cell: float, parts: int = 2):
+        """Real and imaginary part (or the first alone) of a white field at material points, mm, in
+        cubes of edge `cell`: the same point, the same scatterer."""
         index = None
         for axis, prime in zip(material, (73856093, 19349663, 83492791), strict=True):
             number = (axis * (1 / cell)).floor_().to(torch.int32).mul_(prime)
             index = number.add_(offset) if index is None else index.bitwise_xor_(number)
-        first = (index ^ (index >> 15)).bitwise_and_(_MASK)
-        second = (index + 97531).bitwise_and_(_MASK)
+        places = ((index ^ (index >> 15)), index + 97531)[:parts]
         return tuple(
-            self.scatterers.index_select(0, i.flatten()).view(i.shape) for i in (first, second)
+            self.scatterers.index_select(0, i.bitwise_and_(_MASK).flatten()).view(i.shape)
+            for i in places
         )
 
     def convert(self, polar: Tensor) -> Tensor:
@@ -253,10 +253,11 @@ def render(
     lead = pose.shape[:-1]
     rows, phase = pose.reshape(-1, 6), phase.expand(lead).reshape(-1)
     grid = sector(size, str(torch.device(device)))
+    some = max(1, round(CHUNK / (grid.beams * grid.samples)))
     with torch.inference_mode():
         parts = [
-            _frames(patient, rows[i : i + CHUNK], phase[i : i + CHUNK], without, target, grid)
-            for i in range(0, len(rows), CHUNK)
+            _frames(patient, rows[i : i + some], phase[i : i + some], without, target, grid)
+            for i in range(0, len(rows), some)
         ]
     fields = (torch.cat(field) for field in zip(*parts, strict=True))
     return Frames(*(f.unflatten(0, lead) if lead else f[0] for f in fields))
@@ -317,7 +318,7 @@ def _frames(patient: Patient, pose: Tensor, phase: Tensor, without, target: str,
         smooth[:, 1:].add_(grey[:, :-1], alpha=0.25)
         smooth[:, :-1].add_(grey[:, 1:], alpha=0.25)
         grey = smooth
-    image = grid.convert(grey.clamp_(0, 1).pow_(2.05).mul_(255))
+    image = grid.convert(grey.clamp_(0, 1).pow_(2.15).mul_(255))
     return image, *grid.truth(scene.label)
 
 
@@ -341,7 +342,7 @@ def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tupl
         soft[:, -hop:] += 0.5 * path[:, -hop:]
         path = soft
     # Tissue is patchy: a coarse field, fixed to it too, moves its strength up and down.
-    patch = grid.lookup(scene.material, patient.hash + 7, 3.2)[0]
+    patch = grid.lookup(scene.material, patient.hash + 7, 3.2, parts=1)[0]
     strength.mul_(patch.mul_(0.55).add_(scene.texture, alpha=0.65).exp_())
 
     # Muscle shines where its fibres lie across the beam.
