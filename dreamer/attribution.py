@@ -99,7 +99,7 @@ class Maps(NamedTuple):
 def rows_at_once(model: CardiacDreamer, recorded: bool = False) -> int:
     """How many frames one pass with gradients may take to stay within MEMORY."""
     c = model.config
-    tokens = 1 + (c.grid[0] * c.grid[1] if c.token_type == "patch" else c.channels)
+    tokens = 1 + (c.tokens or c.channels)
     kept = 16 * tokens * c.d_model + (3 * c.num_heads * tokens**2 if recorded else 0)
     return int(np.clip(MEMORY // (4 * kept * c.num_layers), 1, 512))
 
@@ -303,11 +303,20 @@ def read(weights: Tensor, reader: str) -> Tensor:
 def to_grid(share: Tensor, features: Tensor, token_type: str) -> Tensor:
     """Shares of tokens [..., B, tokens] on the grid [..., B, h, w]; the total is kept.
 
-    A patch token lies on its cell; a channel token's share spreads over that channel's own map in
-    [B, C, h, w], by magnitude, and evenly where the channel is silent.
+    A patch token lies on its cell, one of a finer level on the cell around it; a channel token's
+    share spreads over that channel's own map in [B, C, h, w], by magnitude, and evenly where the
+    channel is silent.
     """
-    if known(token_type, "token_type", ("patch", "channel")) == "patch":
-        return rearrange(share, "... (h w) -> ... h w", h=features.shape[2])
+    (h, w), known_types = features.shape[2:], ("patch", "channel", "both")
+    if known(token_type, "token_type", known_types) == "both":
+        patch, channel = share.tensor_split((h * w,), dim=-1)
+        return to_grid(patch, features, "patch") + to_grid(channel, features, "channel")
+    if token_type == "patch":
+        coarse, fine = share.tensor_split((h * w,), dim=-1)
+        grid = rearrange(coarse, "... (h w) -> ... h w", h=h)
+        if fine.shape[-1]:
+            grid = grid + reduce(fine, "... (h p w q) -> ... h w", "sum", h=h, w=w, p=2, q=2)
+        return grid
     size = features.abs()
     total = size.sum((2, 3), keepdim=True)
     even = 1 / (features.shape[2] * features.shape[3])
@@ -344,6 +353,15 @@ def rollout_grids(model: CardiacDreamer, features: Tensor) -> Tensor:
     return to_grid(share, features, model.config.token_type)
 
 
+def channel_scores(share: Tensor, features: Tensor, token_type: str) -> Tensor:
+    """Shares of tokens [..., tokens] -> those of the channels' own tokens [..., C].
+
+    ValueError for patch tokens: attention tells nothing of their channels, `attribute` does.
+    """
+    known(token_type, "token_type", ("channel", "both"))
+    return share if token_type == "channel" else share[..., features.shape[2:].numel() :]
+
+
 def strongest(share: Tensor, features: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers [K], shares [K] and own maps [K, h, w] of the channels of largest |share| [C] in
     one feature map [C, h, w]."""
@@ -352,7 +370,7 @@ def strongest(share: Tensor, features: Tensor, count: int) -> tuple[Tensor, Tens
 
 
 def first_of_each(models: Mapping[str, CardiacDreamer]) -> dict[str, CardiacDreamer]:
-    """The first model of each variant, patch before channel. ValueError where one is neither."""
+    """The first model of each variant, patch before channel. ValueError where one has no tokens."""
     found: dict[str, CardiacDreamer] = {}
     for run, model in models.items():
         if model.config.token_type == "none":

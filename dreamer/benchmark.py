@@ -166,7 +166,8 @@ def latency(ways: Paths, batches: Sequence[int], repeats: int) -> Rows:
                 calls[key] = lambda model=model, given=given: model(*given)
                 amount[key] = sum(flops(config[variant], batch).values())
         for variant, model in models.items() if batch == BATCH else ():
-            tokens = torch.randn(batch, *model.world.positions.shape[1:], device=device)
+            shape = (batch, 1 + config[variant].tokens, config[variant].d_model)
+            tokens = torch.randn(shape, device=device)
             library, blocks = encoder(model.world, config[variant]), model.world.blocks
             calls[variant, "blocks", "float32"] = lambda b=blocks, t=tokens: through(b, t)
             calls[variant, "encoder", "float32"] = lambda e=library, t=tokens: e(t)

@@ -63,10 +63,11 @@ def modules(model: CardiacDreamer) -> dict[str, list[nn.Module]]:
     world = model.world
     return {
         "backbone": [model.backbone],
-        "tokens": [world.action, world.tokens.embedding, world.norm, *world.tokens.heads.values()],
+        "tokens": [world.action, world.positions, world.norm]
+        + [m for m in world.tokens.modules() if isinstance(m, nn.Linear)],
         "attention": [m for b in world.blocks for m in (b.attention, b.norm1)],
         "feed-forward": [m for b in world.blocks for m in (b.feedforward, b.norm2)],
-        "head": [model.head],
+        "head": [model.pooling, model.head],
     }
 
 
@@ -81,7 +82,8 @@ def parameters(model: CardiacDreamer) -> dict[str, int]:
 def flops(config: ModelConfig, batch: int = 1) -> dict[str, float]:
     """FLOP of a forward pass by formula, for each of PARTS: matrix products and convolutions.
 
-    Blocks: 2 N (4 + 2 f) d^2 in linear layers and 4 N^2 d in attention, N tokens of width d.
+    Blocks: 2 N (4 + 2 f) d^2 in linear layers and 4 N^2 d in attention, N tokens of width d;
+    windows hide, but are computed. In evaluation: token dropout takes its share off N in training.
     """
     side, c, w, d = config.image_size, config.channels, config.width, config.d_model
     if config.backbone == "resnet34":
@@ -94,14 +96,16 @@ def flops(config: ModelConfig, batch: int = 1) -> dict[str, float]:
         for i, o, stride in ((w, 4 * w, 8), (4 * w, c, 16)):
             macs += (9 * i * o + 9 * o * o + i * o) * (side / stride) ** 2
     cells = math.prod(config.grid)
-    n, length = (cells, c) if config.token_type == "patch" else (c, cells)
+    n, values = config.tokens, cells * (c + 4 * config.fine)  # of the map
+    linear = (6 if config.token_type == "both" else 3) * values * d
+    pooling = {"attention": 9 * c * cells, "action": d * c}.get(config.pooling, 0)
     first, second = config.guidance
     found = {
         "backbone": macs,
-        "tokens": 3 * n * length * d + 6 * 64 + 64 * 256 + 256 * d,
+        "tokens": linear + 6 * 64 + 64 * 256 + 256 * d,
         "attention": config.num_layers * (4 * (n + 1) * d * d + 2 * (n + 1) ** 2 * d),
         "feed-forward": config.num_layers * 2 * config.feedforward * (n + 1) * d * d,
-        "head": c * first + first * second + 6 * second,
+        "head": pooling + c * first + first * second + 6 * second,
     }
     return {part: 2.0 * batch * value for part, value in found.items()}
 
@@ -122,7 +126,8 @@ def predicted_memory(config: ModelConfig, batch: int = BATCH) -> dict[str, float
     """
     with torch.device("meta"):
         model = CardiacDreamer(config)
-    maps, c = (batch, config.channels, *config.grid), config.channels
+    c = config.channels
+    maps = (batch, c + 4 * config.fine, *config.grid)
     outputs = [torch.empty(s, device="meta") for s in (maps, maps, maps, (batch, c), (batch, 6))]
     arriving = [torch.empty(batch, 1, *[config.image_size] * 2, device="meta")]
     arriving.append(torch.empty(batch, 6, device="meta"))

@@ -8,6 +8,7 @@ controls that know nothing of the model.
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -205,16 +206,16 @@ def randomised(model: CardiacDreamer, seed: int = 0) -> Iterator[tuple[str, Card
         torch.manual_seed(10**6 + seed)  # not the draw that a run with this seed began from
         fresh = CardiacDreamer(model.config.model_copy(update={"weights": "none"}))
     net = copy.deepcopy(model)
-    stages = [("guidance", "head.")]
+    stages = [("guidance", r"(head|pooling)\.")]
     if model.world is not None:
         blocks = range(len(model.world.blocks), 0, -1)
-        stages += [("map heads", "world.tokens.heads.")]
-        stages += [(f"block {i}", f"world.blocks.{i - 1}.") for i in blocks]
-        stages += [("embedding", "world.")]
+        stages += [("map heads", r"world\.tokens\.(\w+\.)?heads\.")]
+        stages += [(f"block {i}", rf"world\.blocks\.{i - 1}\.") for i in blocks]
+        stages += [("embedding", r"world\.")]
     count = range(len(model.backbone.stages), 0, -1)
-    stages += [(f"backbone {i}", f"backbone.stages.{i - 1}.") for i in count]
+    stages += [(f"backbone {i}", rf"backbone\.stages\.{i - 1}\.") for i in count]
     for name, prefix in stages:
-        state = {k: v for k, v in fresh.state_dict().items() if k.startswith(prefix)}
+        state = {k: v for k, v in fresh.state_dict().items() if re.match(prefix, k)}
         net.load_state_dict(state, strict=False)
         yield name, net.eval()
 

@@ -48,13 +48,15 @@ class Packed(nn.Module):
 
 
 class InParts(nn.Module):
-    """`model.Attention` for inference, at most `QUERIES` queries at a time."""
+    """`model.Attention` for inference, at most `QUERIES` queries at a time; without windows."""
 
     def __init__(self, attention: nn.Module):
         super().__init__()
         self.heads, self.qkv, self.out = attention.heads, attention.qkv, attention.out
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
+        if sees is not None:
+            raise ValueError("attention in parts knows no windows; use `model.Attention`")
         qkv = rearrange(self.qkv(x), "b n (s h d) -> s (b h) n d", s=3, h=self.heads)
         q, k, v = qkv.contiguous()  # once, not again in every part
         mixed, nothing, scale = torch.empty_like(q), q.new_empty(()), q.shape[-1] ** -0.5
@@ -131,7 +133,8 @@ def fast(
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
     for block in model.world.blocks if packs(device) and model.world is not None else ():
-        if dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+        in_parts = dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+        if in_parts and not model.config.hierarchy:
             block.attention = InParts(block.attention)
         if not compile:  # the compiler packs by itself
             wide, _, _, narrow = block.feedforward
