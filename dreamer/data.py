@@ -199,10 +199,21 @@ class Transitions(Dataset):
         rows, pose, origin = zip(*seen.values(), strict=True)
         return np.array(rows), torch.stack(pose), np.array(origin)
 
-    def batch(self, indices: NDArray[np.int64], identity: NDArray[np.bool_] | None = None) -> Batch:
-        """Transitions as a `Batch`; where `identity`, the second frame is the first, action 0."""
+    def batch(
+        self,
+        indices: NDArray[np.int64],
+        identity: NDArray[np.bool_] | None = None,
+        reverse: NDArray[np.bool_] | None = None,
+    ) -> Batch:
+        """Transitions as a `Batch`: where `reverse`, gone through backwards; then, where
+        `identity`, the second frame is the first and the action 0."""
         first, second = self.rows[indices].T
         pose1, action, pose2 = self.pose1[indices], self.action[indices], self.pose2[indices]
+        if reverse is not None:
+            back = torch.from_numpy(reverse)[:, None]
+            first, second = np.where(reverse, second, first), np.where(reverse, first, second)
+            pose1, pose2 = torch.where(back, pose2, pose1), torch.where(back, pose1, pose2)
+            action = torch.where(back, poses.inverse(action), action)
         if identity is not None:
             second = np.where(identity, first, second)
             still = torch.from_numpy(identity)[:, None]
@@ -384,23 +395,30 @@ def statistics(data: Transitions, indices: NDArray[np.int64]) -> Statistics:
 class _Batches(Dataset):
     """Ready batches: one item is one batch, so a worker or the main process fetches it whole."""
 
-    def __init__(self, data: Transitions, parts: list[NDArray], identity: list[NDArray]):
-        self.data, self.parts, self.identity = data, parts, identity
+    def __init__(
+        self,
+        data: Transitions,
+        parts: list[NDArray],
+        identity: list[NDArray],
+        reverse: list[NDArray],
+    ):
+        self.data, self.parts, self.identity, self.reverse = data, parts, identity, reverse
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, number: int) -> Batch:
-        return self.data.batch(self.parts[number], self.identity[number])
+        return self.data.batch(self.parts[number], self.identity[number], self.reverse[number])
 
 
 class TransitionsModule(pl.LightningDataModule):
     """Batches for training and validation.
 
-    What is drawn depends on (seed, epoch) alone: the order, and which share `identity` of the
-    transitions becomes "no motion". An epoch is one pass, or `steps_per_epoch` batches, for which
-    a small scan is gone through several times. With several processes, each takes its share of the
-    same global batch. Raises ValueError where a batch is larger than the training part.
+    What is drawn depends on (seed, epoch) alone: the order, which share `reverse` of the pairs is
+    gone through backwards, and which share `identity` becomes "no motion". An epoch is one pass, or
+    `steps_per_epoch` batches, for which a small scan is gone through several times. With several
+    processes, each takes its share of the same global batch. Raises ValueError where a batch is
+    larger than the training part.
     """
 
     def __init__(
@@ -411,6 +429,7 @@ class TransitionsModule(pl.LightningDataModule):
         identity: float = 0.0,
         seed: int = 0,
         steps_per_epoch: int = 0,
+        reverse: float = 0.0,
     ):
         super().__init__()
         if batch_size > len(split.train):
@@ -418,17 +437,18 @@ class TransitionsModule(pl.LightningDataModule):
                 f"batch_size {batch_size} exceeds the {len(split.train)} training transitions"
             )
         self.data, self.split, self.batch_size = data, split, batch_size
-        self.identity, self.seed = identity, seed
+        self.identity, self.seed, self.reverse = identity, seed, reverse
         self.steps = steps_per_epoch or len(split.train) // batch_size
 
-    def _loader(self, indices: NDArray, identity: NDArray) -> DataLoader:
+    def _loader(self, indices: NDArray, identity: NDArray, reverse: NDArray) -> DataLoader:
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size}: not a multiple of {world} processes")
         starts = range(0, len(indices), self.batch_size)
         cut = [slice(start + rank, start + self.batch_size, world) for start in starts]
-        batches = _Batches(self.data, [indices[c] for c in cut], [identity[c] for c in cut])
+        drawn = ([values[c] for c in cut] for values in (indices, identity, reverse))
+        batches = _Batches(self.data, *drawn)
         return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def train_dataloader(self) -> DataLoader:
@@ -437,9 +457,11 @@ class TransitionsModule(pl.LightningDataModule):
         count = self.steps * self.batch_size
         passes = range(-(-count // len(self.split.train)))
         order = np.concatenate([draw.permutation(self.split.train) for _ in passes])[:count]
-        return self._loader(order, draw.random(count) < self.identity)
+        still, back = draw.random(count) < self.identity, draw.random(count) < self.reverse
+        return self._loader(order, still, back)
 
     def val_dataloader(self) -> DataLoader:
         # Every transition once as it is and once as the identity: the single-frame prediction.
         indices = np.repeat(self.split.val, 2)
-        return self._loader(indices, np.arange(len(indices)) % 2 == 1)
+        still = np.arange(len(indices)) % 2 == 1
+        return self._loader(indices, still, np.zeros(len(indices), bool))

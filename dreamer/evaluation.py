@@ -117,6 +117,30 @@ def accuracy(predictions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return result
 
 
+def by_seed(
+    predictions: Mapping[str, pd.DataFrame], seeds: Mapping[str, int]
+) -> list[pd.DataFrame]:
+    """Predictions of a variant's runs, one table a training seed: a seed's folds are put together.
+
+    `predictions` maps a run to its table of `predict`, `seeds` a run to its seed. Raises ValueError
+    where a frame is predicted by two folds of a seed, or the seeds cover different frames.
+    """
+    folds: dict[int, list[pd.DataFrame]] = {}
+    for run, table in predictions.items():
+        folds.setdefault(seeds[run], []).append(table)
+    place = ["group", "row"]
+    tables = [
+        pd.concat(folds[seed]).sort_values(place, kind="stable", ignore_index=True)
+        for seed in sorted(folds)
+    ]
+    for seed, table in zip(sorted(folds), tables, strict=True):
+        if sum(t["group"].nunique() for t in folds[seed]) > table["group"].nunique():
+            raise ValueError(f"seed {seed}: two of its runs were tested on the same people")
+        if not table[place].equals(tables[0][place]):
+            raise ValueError(f"seed {seed} was tested on other frames than seed {min(folds)}")
+    return tables
+
+
 def difference(
     first: Sequence[pd.DataFrame],
     second: Sequence[pd.DataFrame],

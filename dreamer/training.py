@@ -11,13 +11,17 @@ model.safetensors (best on validation) and last.ckpt (to resume from).
 """
 
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,7 +33,9 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -45,6 +51,7 @@ from dreamer.data import (
     statistics,
 )
 from dreamer.model import CardiacDreamer, Dream, ModelConfig
+from dreamer.phantom.render import APEX, HALF_ANGLE
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +63,12 @@ class TrainingConfig(BaseModel):
     """How a run is trained and split. Unknown fields and values out of range are refused.
 
     `composed`, `imagined`, `feature`, `reconstruction`: the loss weights. `identity`: share of
-    training pairs that become "no motion". `augment`: the strength of `vary`, 0 is off.
-    `steps_per_epoch`: 0 is one pass over the data. `patience`: epochs without a better validation
-    loss before stopping, 0 never stops. `split`: patient, blocks (one scan, in time) or auto
-    (patient where there are three). `val`, `test`: patients, a number or names. `precision`: auto
-    is bf16 where the machine has it.
+    training pairs that become "no motion"; `reverse`: share gone through backwards. `augment`,
+    `rotate` (degrees, drawn up to it) and `mixup` (its beta distribution's parameter) are the
+    strengths of `vary`, `turn` and mix-up, 0 is off. `batch_size`: of all processes together; takes `accumulate` batches. `steps_per_epoch`: batches, 0 is one pass over the data. `restarts`: cycles of warm-restarts. `patience`: epochs without a better validation loss before
+    stopping, 0 never stops. `split`: patient, blocks (one scan, in time) or auto (patient where
+    there are three). `val`, `test`: patients, a number or names. `precision`: auto is bf16 where
+    the machine has it. `devices`: on each of `nodes` machines.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,7 +79,9 @@ class TrainingConfig(BaseModel):
     learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
-    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
+    accumulate: int = Field(1, ge=1)
+    schedule: Literal["one-cycle", "cosine", "warm-restarts", "constant"] = "one-cycle"
+    restarts: int = Field(4, ge=1)
     composed: float = Field(1.0, ge=0)
     imagined: float = Field(1.0, ge=0)
     # More than this, and the backbone learns maps that are easy to foretell, not that tell a pose.
@@ -79,7 +89,10 @@ class TrainingConfig(BaseModel):
     reconstruction: float = Field(0.01, ge=0)
     beta: float = Field(1.0, gt=0)
     identity: float = Field(0.5, ge=0, le=1)
+    reverse: float = Field(0.0, ge=0, le=1)
     augment: float = Field(0.0, ge=0, le=1)
+    rotate: float = Field(0.0, ge=0, le=30)
+    mixup: float = Field(0.0, ge=0)
     patience: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     split: Literal["auto", "patient", "blocks"] = "auto"
@@ -151,16 +164,52 @@ def vary(image: Tensor, strength: float) -> Tensor:
     return (image.clamp_min(1e-3) ** contrast * gain * field + noise).clamp(0, 1)
 
 
+def turn(batch: Batch, degrees: Tensor) -> Batch:
+    """Pictures turned in themselves about the sector's tip, the poses following; `degrees` [B].
+
+    A picture turned so is what the probe sees after a pitch, the turn about the axis that stands
+    on the picture (`dreamer.phantom.render`); both frames of a pair turn alike. What turns into
+    view from outside the sector is black.
+    """
+    size, count = batch.image1.shape[-1], len(degrees)
+    angle = torch.deg2rad(degrees)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    tip = (torch.tensor(APEX, device=degrees.device) + 0.5) / 112 - 1  # in -1 ... 1
+    rows = torch.stack((torch.stack((cos, sin), 1), torch.stack((-sin, cos), 1)), 1)
+    shift = tip - rows @ tip
+    grid = F.affine_grid(
+        torch.cat((rows, shift[:, :, None]), 2), [count, 1, size, size], align_corners=False
+    )
+    whole = torch.eye(2, 3, device=degrees.device)[None]
+    place = F.affine_grid(whole, [1, 1, size, size], align_corners=False)
+    across = place[0] - tip
+    inside = torch.atan2(across[..., 0], across[..., 1]).abs() <= HALF_ANGLE
+    images = [
+        F.grid_sample(i.float(), grid, align_corners=False).mul_(inside).round_().to(torch.uint8)
+        for i in (batch.image1, batch.image2)
+    ]
+    change = torch.zeros(count, 6, device=degrees.device)
+    change[:, 4] = degrees
+    pose1, pose2 = (poses.compose(p, change) for p in (batch.pose1, batch.pose2))
+    action = poses.compose(poses.compose(poses.inverse(change), batch.action), change)
+    still = (batch.action == 0).all(1, keepdim=True)  # no motion stays exactly none
+    return Batch(*images, pose1, torch.where(still, 0.0, action), pose2)
+
+
 def _smooth(predicted: Tensor, true: Tensor, spread: Tensor, beta: float) -> Tensor:
     gap = predicted - true
     gap = torch.cat((gap[:, :3], poses.wrap(gap[:, 3:])), dim=1) / spread
     return F.smooth_l1_loss(gap, torch.zeros_like(gap), beta=beta)
 
 
-def _relative(predicted: Tensor, target: Tensor) -> Tensor:
-    """Squared error of a map over the target's variance across the batch: 1 is a constant guess."""
-    spread = target.var(dim=(0, 2, 3), keepdim=True).mean().clamp_min(1e-6)
-    return F.mse_loss(predicted, target) / spread
+def _variance(target: Tensor) -> Tensor:
+    """Mean over channels of a map's variance; in training over the batches of all processes."""
+    moments = torch.stack((target.mean((0, 2, 3)), target.square().mean((0, 2, 3))))
+    # In validation a process may have fewer batches than another, and none to wait for.
+    if torch.distributed.is_initialized() and torch.is_grad_enabled():
+        torch.distributed.all_reduce(moments)
+        moments /= torch.distributed.get_world_size()
+    return (moments[1] - moments[0].square()).mean().clamp_min(1e-6)
 
 
 def losses(
@@ -168,7 +217,8 @@ def losses(
 ) -> dict[str, Tensor]:
     """The loss terms, unweighted: composed, imagined; with a `target` map feature, reconstruction.
 
-    Poses are composed in float32 whatever the precision of the networks.
+    The last two are squared errors over the target's variance, so that 1 is a constant guess. Poses
+    are composed in float32 whatever the precision of the networks.
     """
     with torch.autocast(dream.pose.device.type, enabled=False):
         composed = poses.compose(dream.pose, poses.inverse(batch.action))
@@ -177,10 +227,11 @@ def losses(
             "imagined": _smooth(dream.pose, batch.pose2, spread, config.beta),
         }
         if target is not None:
-            terms["feature"] = _relative(dream.next_features.float(), target.float())
-            terms["reconstruction"] = _relative(
-                dream.reconstruction.float(), dream.features.detach().float()
-            )
+            maps = {"feature": (dream.next_features, target)}
+            maps["reconstruction"] = (dream.reconstruction, dream.features.detach())
+            for name, (said, true) in maps.items():
+                variance = _variance(true.float())
+                terms[name] = F.mse_loss(said.float(), true.float()) / variance
     return terms
 
 
@@ -197,21 +248,43 @@ class LitDreamer(pl.LightningModule):
         self.validation: dict[str, float] = {}
 
     def _terms(self, batch: Batch) -> tuple[Dream, dict[str, Tensor]]:
-        config = self.config
-        image = batch.image1.float() / 255
+        config, count = self.config, len(batch.action)
+        device = batch.action.device
+        if self.training and config.rotate > 0:
+            batch = turn(batch, (2 * torch.rand(count, device=device) - 1) * config.rotate)
+        image, action = batch.image1.float() / 255, batch.action
         if self.training and config.augment > 0:
             image = vary(image, config.augment)
-        dream = self.model(image, batch.action)
+        share = 1.0
+        if self.training and config.mixup > 0:  # with the next of the batch, for lack of order
+            share = float(torch.distributions.Beta(config.mixup, config.mixup).sample())
+            other = Batch(*(field.roll(1, 0) for field in batch))
+            image = share * image + (1 - share) * image.roll(1, 0)
+            action = share * action + (1 - share) * other.action
+        dream = self.model(image, action)
         target = None
         if self.model.world is not None and config.feature + config.reconstruction > 0:
-            with torch.no_grad():
-                target = self.model.encode(batch.image2.float() / 255)
-        return dream, losses(dream, batch, target, self.model.pose_std, config)
+            target = self._target(dream, batch)
+        terms = losses(dream, batch, target, self.model.pose_std, config)
+        if share < 1:
+            swapped = None if target is None else target.roll(1, 0)
+            others = losses(dream, other, swapped, self.model.pose_std, config)
+            terms = {name: share * t + (1 - share) * others[name] for name, t in terms.items()}
+        return dream, terms
+
+    @torch.no_grad()
+    def _target(self, dream: Dream, batch: Batch) -> Tensor:
+        """The map of frame 2, without gradient; where nothing moved, it is that of frame 1."""
+        target, moved = dream.features.detach().clone(), (batch.action != 0).any(dim=1)
+        if self.config.mixup > 0 and self.training:
+            moved[:] = True  # the map at hand is that of a mixture
+        if moved.any():
+            target[moved] = self.model.encode(batch.image2[moved].float() / 255).to(target.dtype)
+        return target
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        rank = self.trainer.global_rank
-        draw = np.random.SeedSequence((self.config.seed, self.global_step, rank))
-        torch.manual_seed(int(draw.generate_state(1)[0]))
+        at = (self.config.seed, self.current_epoch, batch_idx, self.trainer.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(at).generate_state(1)[0]))
 
     def on_train_epoch_start(self) -> None:
         self._train = []
@@ -268,7 +341,7 @@ class LitDreamer(pl.LightningModule):
         config = self.config
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=config.learning_rate, weight_decay=config.weight_decay
+            trainable, config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         steps = int(self.trainer.estimated_stepping_batches)
         if config.schedule == "one-cycle":
@@ -277,6 +350,9 @@ class LitDreamer(pl.LightningModule):
             )
         elif config.schedule == "cosine":
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        elif config.schedule == "warm-restarts":
+            cycle = -(-steps // config.restarts)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, cycle)
         else:
             schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         return {
@@ -329,7 +405,7 @@ class _Record(pl.Callback):
     def on_train_epoch_end(self, trainer, module) -> None:
         seconds = time.perf_counter() - self.start
         self.spent += seconds
-        images = trainer.global_step * module.config.batch_size
+        images = trainer.global_step * module.config.batch_size * module.config.accumulate
         row = module.epoch_row()
         self.rows.append(
             {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "images": images}
@@ -347,6 +423,8 @@ class _Record(pl.Callback):
                 write_whole(self.folder / "model.safetensors", save(weights))
             write_whole(self.folder / "metrics.csv", table.to_csv(index=False).encode())
             log.info("epoch %d: %s", len(table), {k: round(v, 4) for k, v in row.items()})
+            if trainer.logger is not None:
+                trainer.logger.log_metrics(row, trainer.global_step)
             if self.on_epoch is not None:
                 self.on_epoch(table)
         trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
@@ -389,6 +467,58 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def _tensorboard(folder: Path) -> TensorBoardLogger | bool:
+    """A log for TensorBoard in the run's folder, where one of its packages is installed."""
+    there = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    return TensorBoardLogger(folder, name="", version="tensorboard") if there else False
+
+
+def _spread() -> bool:
+    """Whether this is one of several processes that torchrun or Slurm's srun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def _launch(
+    model: ModelConfig,
+    training: TrainingConfig,
+    data: Transitions,
+    folder: Path,
+    on_epoch: Callable[[pd.DataFrame], None] | None,
+) -> pd.DataFrame:
+    """`fit` in one process for each device, by torchrun: a notebook's kernel cannot be forked."""
+    if training.nodes > 1:
+        raise ValueError(
+            f"training.nodes is {training.nodes}: start this with srun or torchrun on every node; "
+            "the README's section on clusters says how"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    told = {
+        "data": str(data.folder.resolve()),
+        "run": str(folder.resolve()),
+        "patients": dict(zip(data.scan.tolist(), data.patient.tolist(), strict=True)),
+        "model": model.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+    }
+    file = folder.with_name(f"{folder.name}.launch.json")
+    write_whole(file, json.dumps(told, indent=1).encode())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={training.devices}", "-m", "dreamer.training", str(file)]
+    table, seen = folder / "metrics.csv", None
+    with subprocess.Popen(command) as processes:
+        try:
+            while processes.poll() is None:
+                time.sleep(0.5)
+                if on_epoch and table.is_file() and (at := table.stat().st_mtime_ns) != seen:
+                    seen = at
+                    on_epoch(pd.read_csv(table))
+        except BaseException:
+            processes.terminate()
+            raise
+    if processes.returncode:
+        raise RuntimeError(f"{folder}: a process of the training failed; its error stands above")
+    return pd.read_csv(table)
+
+
 def fit(
     model: ModelConfig,
     training: TrainingConfig,
@@ -398,11 +528,14 @@ def fit(
 ) -> pd.DataFrame:
     """Train one run in `folder`, or go on with it where it stopped; returns its metrics by epoch.
 
-    `on_epoch` is called with the table so far after every epoch. Raises ValueError if the folder
+    `on_epoch` is called with the table so far after every epoch. With `devices` over one, processes
+    are started for them, unless torchrun or Slurm has done so. Raises ValueError if the folder
     belongs to another configuration, OSError with too little disk, FloatingPointError on a loss
     that is not finite (what was reached before is kept).
     """
     folder = Path(folder)
+    if training.devices * training.nodes > 1 and not _spread():
+        return _launch(model, training, data, folder, on_epoch)
     if training.precision == "bf16" and not has_bf16():
         raise ValueError("training.precision: this machine has no bf16; use fp32 or auto")
     if data.frames.shape[-1] != model.image_size:
@@ -416,7 +549,9 @@ def fit(
         "training": training.model_dump(mode="json"),
         "data": {"folder": data.folder.name, "transitions": len(data), "digest": data.digest},
     }
-    _claim(folder, config)
+    first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+    if first:
+        _claim(folder, config)
 
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(LeafSpec|srun|num_workers).*")
@@ -424,7 +559,7 @@ def fit(
     net = CardiacDreamer(model, statistics(data, split.train))
     net.backbone.to(memory_format=torch.channels_last)  # convolutions train a fifth faster
     needed = 6 * sum(p.nbytes for p in net.parameters()) + 2**20
-    if (free := shutil.disk_usage(folder).free) < needed:
+    if first and (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed")
     parts = {name: sorted(set(data.patient[getattr(split, name)])) for name in split._fields[:3]}
     for name, content in (
@@ -432,15 +567,27 @@ def fit(
         ("versions", versions()),
         ("config", config),
     ):
-        write_whole(folder / f"{name}.json", json.dumps(content, indent=1).encode())
+        if first:
+            write_whole(folder / f"{name}.json", json.dumps(content, indent=1).encode())
 
     identity = training.identity if net.world is not None else 1.0
     batches = TransitionsModule(
-        data, split, training.batch_size, identity, training.seed, training.steps_per_epoch
+        data,
+        split,
+        training.batch_size,
+        identity,
+        training.seed,
+        training.steps_per_epoch,
+        training.reverse,
     )
     record = _Record(folder, on_epoch)
     bf16 = training.precision == "bf16" or (training.precision == "auto" and has_bf16())
+    # A weight of zero leaves the reconstruction's head without a gradient.
+    idle = net.world is not None and training.reconstruction == 0
+    many = "ddp_find_unused_parameters_true" if idle else "ddp"
     trainer = pl.Trainer(
+        strategy=many if _spread() else "auto",
+        accumulate_grad_batches=training.accumulate,
         max_epochs=training.epochs,
         devices=training.devices,
         num_nodes=training.nodes,
@@ -452,18 +599,26 @@ def fit(
         num_sanity_val_steps=0,
         callbacks=[record],
         plugins=[_WholeCheckpoints()],
-        logger=False,
+        logger=_tensorboard(folder),
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=on_epoch is None,
     )
     last = folder / "last.ckpt"
-    trainer.fit(
-        LitDreamer(net, training),
-        datamodule=batches,
-        ckpt_path=last if last.is_file() else None,
-        weights_only=True,
-    )
+    by_hand = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(
+            LitDreamer(net, training),
+            datamodule=batches,
+            ckpt_path=last if last.is_file() else None,
+            weights_only=True,
+        )
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C; a notebook's kernel lives on
+        raise KeyboardInterrupt from stopped
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, by_hand)
     return pd.read_csv(folder / "metrics.csv")
 
 
@@ -492,3 +647,39 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacD
     except RuntimeError as error:
         raise ValueError(f"{file}: does not fit {folder}/config.json: {error}") from error
     return model.eval().to(device)
+
+
+def main() -> None:
+    """One process of a training that torchrun or srun starts: `... -m dreamer.training FILE`.
+
+    FILE is YAML or JSON with the parameters of notebook 02: data, run, model, training and, as
+    needed, token_type, seed, patients.
+    """
+    [file] = sys.argv[1:]
+    told = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    if unknown := set(told) - {
+        "data",
+        "run",
+        "model",
+        "training",
+        "token_type",
+        "seed",
+        "patients",
+    }:
+        raise SystemExit(f"{file}: unknown parameter {', '.join(sorted(unknown))}")
+    model, training = configure(
+        told.get("token_type", ""),
+        told.get("model", {}),
+        told.get("training", {}),
+        told.get("seed"),
+    )
+    fit(
+        model,
+        training,
+        Transitions(told["data"], model.image_size, told.get("patients")),
+        told["run"],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -77,6 +77,17 @@ def test_resizes_on_request(folder):
     assert Transitions(folder, image_size=16).frames.shape[1:] == (16, 16)
 
 
+def test_reversed_batches(folder):
+    data = Transitions(folder)
+    plain, both = (np.arange(2), None), (np.arange(2), None, np.array([True, False]))
+    there, back = data.batch(*plain), data.batch(*both)
+    assert torch.equal(back.image1[0], there.image2[0])
+    assert torch.equal(back.image2[0], there.image1[0])
+    assert torch.equal(back.pose1[0], there.pose2[0])
+    torch.testing.assert_close(poses.compose(back.pose1, back.action), back.pose2)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(there, back, strict=True))
+
+
 def test_identity_batches(folder):
     data = Transitions(folder)
     batch = data.batch(np.array([3, 4]), np.array([True, False]))

@@ -10,6 +10,7 @@ from dreamer.evaluation import (
     TRUE,
     accuracy,
     bootstrap,
+    by_seed,
     difference,
     epochs_to,
     errors,
@@ -113,6 +114,19 @@ def test_equivalence_is_wrongly_claimed_at_most_at_its_rate():
         found = difference(first, second, "rotation", margin=0.5, draws=500)
         claims += found["verdict"] == "equivalent"
     assert claims / 200 <= 0.10
+
+
+def test_folds_of_a_seed_come_together():
+    first, second = table([1] * 6, groups=("a", "b")), table([2] * 6, groups=("c", "d"))
+    whole = table([3] * 6, groups=("a", "b", "c", "d")).assign(row=[0, 1, 0, 1])
+    given = {"f0": second, "f1": first, "whole": whole}
+    pooled, other = by_seed(given, {"f0": 0, "f1": 0, "whole": 1})
+    assert list(pooled["group"]) == ["a", "b", "c", "d"] and len(other) == 4
+    assert list(pooled["predicted_x"]) == [1, 1, 2, 2]
+    with pytest.raises(ValueError, match="two of its runs were tested on the same people"):
+        by_seed({"f0": first, "f1": first}, {"f0": 0, "f1": 0})
+    with pytest.raises(ValueError, match="seed 1 was tested on other frames than seed 0"):
+        by_seed({"f0": first, "f1": second}, {"f0": 0, "f1": 1})
 
 
 def test_difference_refuses():

@@ -2,11 +2,13 @@ import hashlib
 import json
 import multiprocessing
 import signal
+import subprocess
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from pydantic import ValidationError
 from scans import write_scan
@@ -15,6 +17,7 @@ import dreamer
 from dreamer import poses
 from dreamer.data import Batch, Transitions
 from dreamer.model import CardiacDreamer, Dream
+from dreamer.phantom import Patient, render
 from dreamer.training import (
     LitDreamer,
     TrainingConfig,
@@ -23,7 +26,9 @@ from dreamer.training import (
     load_config,
     load_run,
     losses,
+    main,
     make_split,
+    turn,
     vary,
 )
 
@@ -89,12 +94,12 @@ def test_angles_take_the_short_way_in_the_loss():
 
 
 def test_feature_losses_are_relative_to_the_maps_variance():
-    target = torch.tensor([[0.0, 5], [2.0, 9]])[..., None, None]  # variances 2 and 8, mean 5
+    target = torch.tensor([[0.0, 5], [2.0, 9]])[..., None, None]  # variances 1 and 4, mean 2.5
     zero = torch.zeros(2, 6)
     batch = Batch(None, None, zero, zero, zero)
     said = dream(zero, next_features=target + 2.0, reconstruction=torch.ones(2, 2, 1, 1))
     terms = losses(said, batch, target, torch.ones(6), TrainingConfig())
-    assert terms["feature"].item() == pytest.approx(4 / 5)
+    assert terms["feature"].item() == pytest.approx(4 / 2.5)
     assert terms["reconstruction"].item() == pytest.approx(1 / 1e-6)  # of a map that is all zero
 
 
@@ -128,6 +133,70 @@ def test_variation_is_for_training_alone(folder):
     assert not torch.equal(said[0], said[1]) and torch.equal(said[2], said[3])
 
 
+def test_a_turned_picture_is_what_the_turned_probe_sees():
+    patient, phase = Patient(3), torch.tensor([0.1])
+    pose = torch.tensor([[1.0, -2, 0.5, 3, -4, 10]], dtype=torch.float64)
+    pitch = torch.tensor([[0.0, 0, 0, 0, 9, 0]], dtype=torch.float64)
+    seen = [
+        render(patient, p, phase, size=112).image[:, None]
+        for p in (pose, poses.compose(pose, pitch), poses.compose(pose, -pitch))
+    ]
+    action = torch.tensor([[2.0, 0, 0, 0, 5, 0]])
+    first, second = pose.float(), poses.compose(pose.float(), action)
+    batch = Batch(seen[0], seen[0], first, action, second)
+    turned = turn(batch, torch.tensor([9.0]))
+    torch.testing.assert_close(turned.pose1, poses.compose(pose, pitch).float())
+    torch.testing.assert_close(
+        turned.pose2, poses.compose(turned.pose1, turned.action), atol=1e-3, rtol=0
+    )
+
+    def alike(a, b):
+        lit = (turned.image1 > 0) & (a > 0)  # where both have looked
+        return torch.corrcoef(torch.stack((a[lit].float(), b[lit].float())))[0, 1].item()
+
+    # Speckle is seen under another angle, so that no picture is the other one exactly.
+    right, still, wrong = (alike(s, turned.image1) for s in (seen[1], seen[0], seen[2]))
+    assert right > 0.6 and right > still + 0.15 and right > wrong + 0.3
+
+
+def test_turning_leaves_no_motion_none_and_no_turn_nothing():
+    frame = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    zero = torch.zeros(2, 6)
+    action = torch.tensor([[0.0] * 6, [1.0] * 6])
+    batch = Batch(frame, frame, zero, action, poses.compose(zero, action))
+    turned = turn(batch, torch.tensor([7.0, -7.0]))
+    assert (turned.action[0] == 0).all() and (turned.action[1] != 0).any()
+    same = turn(batch, torch.zeros(2))
+    inside = same.image1 > 0
+    assert torch.equal(same.image1[inside], frame[inside])
+    torch.testing.assert_close(same.pose2, batch.pose2, atol=1e-5, rtol=0)
+
+
+def test_mixing_weighs_both_answers(folder, monkeypatch):
+    data = Transitions(folder)
+    model = CardiacDreamer(configure("patch", MODEL | {"dropout": 0.0}, {})[0])
+    batch = data.batch(np.arange(4))
+    share = torch.tensor(0.25)
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: share)
+    config = TrainingConfig(mixup=0.4, feature=0, reconstruction=0)
+    dream, terms = LitDreamer(model, config).train()._terms(batch)
+    other = Batch(*(field.roll(1, 0) for field in batch))
+    mixed = (0.25 * batch.image1 + 0.75 * other.image1) / 255
+    action = 0.25 * batch.action + 0.75 * other.action
+    torch.testing.assert_close(dream.features, model.encode(mixed))
+    torch.testing.assert_close(dream.pose, model(mixed, action).pose)
+    each = [losses(dream, b, None, model.pose_std, config)["imagined"] for b in (batch, other)]
+    torch.testing.assert_close(terms["imagined"], 0.25 * each[0] + 0.75 * each[1])
+
+
+def test_the_target_of_no_motion_is_the_frames_own_map(folder):
+    data = Transitions(folder)
+    lit = LitDreamer(CardiacDreamer(configure("patch", MODEL, {})[0]), TrainingConfig()).eval()
+    batch = data.batch(np.arange(4), np.array([True, False, True, False]))
+    target = lit._target(lit.model(batch.image1.float() / 255, batch.action), batch)
+    torch.testing.assert_close(target, lit.model.encode(batch.image2.float() / 255))
+
+
 # Configuration
 
 
@@ -153,6 +222,9 @@ def test_flat_and_sectioned_parameters():
         {"schedule": "step"},
         {"identity": 1.5},
         {"precision": "fp8"},
+        {"rotate": 90},
+        {"mixup": -0.1},
+        {"accumulate": 0},
         {"composed": 0.0, "imagined": 0.0},
     ],
 )
@@ -233,6 +305,133 @@ def test_patience_stops_early(folder, tmp_path):
     table = run(folder, tmp_path / "run", epochs=30, patience=2, learning_rate=0.1)
     assert len(table) < 30
     assert table["val_loss"].idxmin() == len(table) - 3
+
+
+def test_warm_restarts_begin_anew(folder, tmp_path):
+    rates = []
+    step = LitDreamer.training_step
+
+    def watched(self, batch, index):
+        rates.append(self.optimizers().param_groups[0]["lr"])
+        return step(self, batch, index)
+
+    LitDreamer.training_step = watched
+    try:
+        run(folder, tmp_path / "run", schedule="warm-restarts", restarts=3)
+    finally:
+        LitDreamer.training_step = step
+    assert rates[:4] == rates[4:8] == rates[8:] and rates[0] == 3e-4 and rates[3] < 1e-4
+
+
+def test_accumulated_batches_are_one_large_batch(folder, tmp_path):
+    # An identity of 0 draws nothing, and without the feature terms a loss is a mean over pairs.
+    plain = dict(feature=0, reconstruction=0, identity=0, epochs=1, schedule="constant")
+    model = MODEL | {"dropout": 0.0}
+    data = Transitions(folder)
+    weights = []
+    for name, fields in (
+        ("large", dict(batch_size=8, steps_per_epoch=3)),
+        ("small", dict(batch_size=4, steps_per_epoch=6, accumulate=2)),
+    ):
+        configs = configure("patch", model, TRAINING | plain | fields)
+        table = fit(*configs, data, tmp_path / name)
+        assert table["step"].tolist() == [3] and table["images"].tolist() == [24]
+        weights.append(load_run(tmp_path / name).state_dict())
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=0)
+
+
+def test_the_primary_task_alone(folder, tmp_path):
+    alone = dict(imagined=0, feature=0, reconstruction=0)
+    table = run(folder, tmp_path / "run", **alone)
+    assert "train_feature" not in table and np.isfinite(table["train_composed"]).all()
+    np.testing.assert_allclose(table["train_loss"], table["train_composed"])
+
+
+def test_frozen_stages_stay(folder, tmp_path):
+    model, training = configure("patch", MODEL | {"freeze": 1}, TRAINING | {"epochs": 1})
+    fit(model, training, Transitions(folder), tmp_path / "run")
+    pl.seed_everything(training.seed, verbose=False)
+    before, after = CardiacDreamer(model).state_dict(), load_run(tmp_path / "run").state_dict()
+    same = {n for n in before if n.startswith("backbone") and torch.equal(before[n], after[n])}
+    assert {n for n in before if n.startswith("backbone.stages.0.")} == same
+
+
+def test_tensorboard_is_written_where_installed(folder, tmp_path):
+    run(folder, tmp_path / "run")
+    [events] = (tmp_path / "run" / "tensorboard").glob("events.*")
+    text = events.read_bytes()
+    assert b"val_rotation_deg" in text and b"train_loss" in text
+
+
+def test_interrupted_by_hand_leaves_a_usable_run(folder, tmp_path):
+    def stop(table):
+        if len(table) == 2:
+            raise KeyboardInterrupt
+
+    model, training = configure("patch", MODEL, TRAINING)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, training, Transitions(folder), tmp_path / "run", on_epoch=stop)
+    assert load_run(tmp_path / "run").config == model
+    run(folder, tmp_path / "whole")
+    run(folder, tmp_path / "run")
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
+# Every process writes its weights as training ends; the parent compares them.
+RANKS = """
+import sys, torch
+from dreamer import training
+out = sys.argv.pop()
+def keep(self):
+    torch.save(self.model.state_dict(), f"{out}/rank{self.global_rank}.pt")
+training.LitDreamer.on_train_end = keep
+training.main()
+"""
+
+
+def test_two_processes_equal_one(folder, tmp_path, monkeypatch):
+    plain = dict(schedule="constant", epochs=2, steps_per_epoch=3, identity=0.5)
+    model = MODEL | {"dropout": 0.0}
+    data = Transitions(folder)
+    alone = fit(*configure("patch", model, TRAINING | plain), data, tmp_path / "one")
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    popen = subprocess.Popen
+
+    def watched(command, **given):
+        place = command.index("-m", 3)
+        file = command[place + 2]
+        return popen([*command[:place], str(script), file, str(tmp_path)], **given)
+
+    monkeypatch.setattr("dreamer.training.subprocess.Popen", watched)
+    seen = []
+    two = fit(
+        *configure("patch", model, TRAINING | plain | {"devices": 2}),
+        data, tmp_path / "two", on_epoch=seen.append,
+    )  # fmt: skip
+    assert seen and len(two) == 2
+    # In validation the maps' variance is that of a process's own part.
+    own = ("val_feature", "val_reconstruction")
+    columns = [c for c in alone if c.startswith(("train_", "val_")) and c not in own]
+    np.testing.assert_allclose(two[columns], alone[columns], atol=1e-4)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+    kept = load_run(tmp_path / "two").state_dict()
+    close = [torch.allclose(ranks[0][n], kept[n], atol=1e-4) for n in kept]
+    assert all(close)
+
+
+def test_several_machines_are_started_from_outside(folder, tmp_path):
+    with pytest.raises(ValueError, match="start this with srun or torchrun"):
+        run(folder, tmp_path / "run", nodes=2)
+
+
+def test_a_training_started_by_hand_refuses_unknown_parameters(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("data: scans\nrun: r\nepochs: 3\n")
+    monkeypatch.setattr("sys.argv", ["dreamer.training", str(tmp_path / "mine.yaml")])
+    with pytest.raises(SystemExit, match=r"mine.yaml: unknown parameter epochs"):
+        main()
 
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "constant"])

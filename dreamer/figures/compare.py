@@ -9,17 +9,22 @@ from matplotlib.figure import Figure
 
 from dreamer.figures import COLOURS
 
-AGAINST = {"epoch": "epochs", "images": "images seen", "seconds": "seconds of training"}
+AGAINST = {
+    "epoch": "epochs",
+    "images": "images seen",
+    "seconds": "seconds of training",
+    "tflop": "work (TFLOP)",
+}
 WAYS = ("imagined", "composed", "no action", "wrong action")
 
 
 def convergence(metrics: Mapping[str, Sequence[pd.DataFrame]], column: str, label: str) -> Figure:
-    """A validation measure against epochs, images and seconds; thin lines are seeds.
+    """A validation measure against epochs, images, seconds and work; thin lines are runs.
 
     `metrics` maps a variant to the metrics of its runs. Where runs share the horizontal places,
     the thick line is their mean.
     """
-    fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9), sharey=True)
+    fig, axes = plt.subplots(1, 4, figsize=(11, 2.9), sharey=True)
     for ax, (against, words) in zip(axes, AGAINST.items(), strict=True):
         for name, tables in metrics.items():
             for table in tables:
