@@ -65,7 +65,9 @@ class TrainingConfig(BaseModel):
     `composed`, `imagined`, `feature`, `reconstruction`: the loss weights. `identity`: share of
     training pairs that become "no motion"; `reverse`: share gone through backwards. `augment`,
     `rotate` (degrees, drawn up to it) and `mixup` (its beta distribution's parameter) are the
-    strengths of `vary`, `turn` and mix-up, 0 is off. `batch_size`: of all processes together; takes `accumulate` batches. `steps_per_epoch`: batches, 0 is one pass over the data. `restarts`: cycles of warm-restarts. `patience`: epochs without a better validation loss before
+    strengths of `vary`, `turn` and mix-up, 0 is off. `batch_size`: of all processes together, a
+    step takes `accumulate` of them. `steps_per_epoch`: batches, 0 is one pass over the data.
+    `restarts`: cycles of warm-restarts. `patience`: epochs without a better validation loss before
     stopping, 0 never stops. `split`: patient, blocks (one scan, in time) or auto (patient where
     there are three). `val`, `test`: patients, a number or names. `precision`: auto is bf16 where
     the machine has it. `devices`: on each of `nodes` machines.
