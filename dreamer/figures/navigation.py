@@ -1,0 +1,146 @@
+"""Figures of closed-loop searches: paths about the heart, error by step, success by distance."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from dreamer.figures import COLOURS, LIMIT
+
+STYLES = {"follow": ":", "average": "-", "plan": "--"}
+CONTROL = {"stay": "#999999", "random": "#E69F00", "mean": "#000000", "oracle": COLOURS["truth"]}
+MARKS = {"follow": "o", "average": "s", "plan": "^"}
+
+
+def _looks(variant: str, policy: str) -> dict:
+    if variant == "control":
+        return {"color": CONTROL[policy], "ls": "-.", "label": policy}
+    return {"color": COLOURS[variant], "ls": STYLES[policy], "label": f"{variant}, {policy}"}
+
+
+def paths(surface: NDArray, walks: Sequence[tuple[NDArray, str, str]]) -> Figure:
+    """Ways of the probe over the heart: `surface` [N, 3] mm, drawn as points, in its frame.
+
+    `walks`: (points [steps, 3] mm, variant, policy); a dot is the end. Two views of one scene.
+    """
+    fig = plt.figure(figsize=(9, 4.2), layout="none")
+    for place, (up, round_) in enumerate(((15, -70), (75, -90))):
+        ax = fig.add_subplot(1, 2, place + 1, projection="3d")
+        ax.scatter(*surface.T, s=1, color="#c0504d", alpha=0.12, lw=0, rasterized=True)
+        for points, variant, policy in walks:
+            looks = _looks(variant, policy)
+            ax.plot(*points.T, lw=1.3, **looks)
+            ax.scatter(*points[-1:].T, s=14, color=looks["color"], depthshade=False)
+        ax.view_init(up, round_)
+        ax.set(xlabel="lateral (mm)", ylabel="inferior (mm)", zlabel="to the base (mm)")
+        ax.set_aspect("equal")
+    handles, labels = ax.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    fig.legend(once.values(), once, loc="lower center", ncol=4)
+    return fig
+
+
+def by_step(table: pd.DataFrame) -> Figure:
+    """Error left against step, mm and degrees; bands are 95% intervals over patients.
+
+    `table`: variant, policy, step, measure (translation, rotation), value, low, high.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for ax, measure, unit in ((axes[0], "translation", "mm"), (axes[1], "rotation", "deg")):
+        part = table[table["measure"] == measure]
+        for (variant, policy), line in part.groupby(["variant", "policy"], sort=False):
+            looks = _looks(variant, policy)
+            ax.plot(line["step"], line["value"], lw=1.4, **looks)
+            ax.fill_between(line["step"], line["low"], line["high"], color=looks["color"],
+                            alpha=0.12, lw=0)  # fmt: skip
+        shown = part[~part["policy"].isin(["random", "mean"])]  # these leave the picture
+        ax.set(xlabel="step", ylabel=f"{measure} left ({unit})", xlim=(0, None),
+               ylim=(0, 1.1 * shown["high"].max()))  # fmt: skip
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
+    return fig
+
+
+def arrivals(table: pd.DataFrame) -> Figure:
+    """Share that arrives, by policy and variant, within 5 and within 10, with intervals.
+
+    `table`: of `arrivals.summarise`.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    keys = list(dict.fromkeys(zip(table["variant"], table["policy"], strict=True)))
+    for ax, (measure, words) in zip(
+        axes, (("arrived_5", "5 mm and 5°"), ("arrived_10", "10 mm and 10°")), strict=True
+    ):
+        part = table[table["measure"] == measure].set_index(["variant", "policy"])
+        for place, key in enumerate(keys):
+            row = part.loc[key]
+            spread = np.nan_to_num([[row["value"] - row["low"]], [row["high"] - row["value"]]])
+            looks = _looks(*key)
+            ax.errorbar(100 * row["value"], place, xerr=100 * spread.clip(0), fmt="o", ms=5,
+                        color=looks["color"])  # fmt: skip
+        ax.set(xlabel=f"arrived within {words} (%)", xlim=(-3, 103), ylim=(len(keys) - 0.5, -0.5))
+    axes[0].set_yticks(range(len(keys)), [_looks(*key)["label"] for key in keys])
+    return fig
+
+
+def by_distance(table: pd.DataFrame) -> Figure:
+    """Share that arrives against the distance at the start. `table`: `arrivals.by_distance`."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    for ax, measure, unit in ((axes[0], "start_mm", "mm"), (axes[1], "start_deg", "deg")):
+        part = table[(table["measure"] == measure) & (table["variant"] != "control")]
+        for (variant, policy), line in part.groupby(["variant", "policy"], sort=False):
+            line = line.sort_values("middle")
+            spread = [line["value"] - line["low"], line["high"] - line["value"]]
+            ax.errorbar(line["middle"].astype(float), 100 * line["value"],
+                        yerr=100 * np.nan_to_num(spread).clip(0), marker=MARKS[policy], ms=4, lw=1,
+                        **_looks(variant, policy))  # fmt: skip
+        ax.set(xlabel=f"distance at the start ({unit})", ylim=(-3, 103))
+    axes[0].set_ylabel("arrived within 10 mm and 10° (%)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    return fig
+
+
+def strips(rows: dict[str, tuple[NDArray, Sequence[str]]]) -> Figure:
+    """Film strips: title -> (frames [K, S, S], a caption for each), one row a search."""
+    count = max(len(images) for images, _ in rows.values())
+    fig, axes = plt.subplots(
+        len(rows), count, squeeze=False, figsize=(1.5 * count, 1.9 * len(rows))
+    )
+    for line, (title, (images, words)) in zip(axes, rows.items(), strict=True):
+        for ax, image, word in zip(line, images, words, strict=False):
+            ax.imshow(image, vmin=0, vmax=255)
+            ax.set_title(word, fontsize=8)
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(title, fontsize=9)
+    return fig
+
+
+def film(images: NDArray, words: Sequence[str], file: str | Path, scale: int = 3) -> Path:
+    """Frames [K, S, S] with a line of text each as an animated GIF, written whole, under 300 kB."""
+    for every in (1, 2, 3):
+        pages = []
+        for image, word in list(zip(images, words, strict=True))[::every]:
+            page = Image.fromarray(image).resize([scale * image.shape[0]] * 2)
+            ImageDraw.Draw(page).text((6, 4), word, fill=255)
+            pages.append(page.quantize(48))
+        stream = io.BytesIO()
+        pages[0].save(stream, "GIF", save_all=True, append_images=pages[1:], loop=0,
+                      duration=[350] * (len(pages) - 1) + [1500])  # fmt: skip
+        if stream.tell() <= LIMIT or scale == 1:
+            break
+        scale = max(1, scale - 1)
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(stream.getvalue())
+    os.replace(part, file)
+    return file
