@@ -6,8 +6,9 @@
     snakemake --profile profiles/slurm                the same on a cluster
 
 A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
-takes `runs` for every training. Notebooks that do not exist yet are no steps. Each step asks for
-one `trainer`: `make figures` grants one, so that no two share the cores, a cluster as many as run.
+takes `runs` for every training. Notebooks that do not exist yet are no steps. A small training has
+one core to itself, so that several run side by side; a large one and every other notebook take all
+cores, and one at a time, since each asks for the one `trainer` that `make figures` grants.
 """
 
 import hashlib
@@ -48,6 +49,7 @@ SMOKE = {
 
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
+SMALL = PRESET in ("laptop", "smoke")  # a second core would make one of these a third faster
 SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
@@ -138,7 +140,7 @@ def needs(step):
 
 # One notebook: refuses unknown parameters, fails without the promised files, keeps what was run.
 RUN = (
-    f"{sys.executable} -m dreamer.pipeline {{input[0]}} --executed {{log[0]}} "
+    f"OMP_NUM_THREADS={{threads}} {sys.executable} -m dreamer.pipeline {{input[0]}} --executed {{log[0]}} "
     f"--timeout {TIMEOUT} -y {{params.parameters:q}} {{params.promised}}"
 )
 
@@ -178,9 +180,9 @@ rule train:
             f"--output {RUNS}/tables/{{run}}/{name}"
             for name in PROMISED.get(TRAINING, ())
         ],
-    threads: 8
+    threads: 1 if SMALL else 8
     resources:
-        trainer=1,
+        trainer=0 if SMALL else 1,
     shell:
         RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}"
 
