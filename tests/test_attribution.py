@@ -54,18 +54,22 @@ def features():
     return torch.rand(4, C, H, H, generator=torch.Generator().manual_seed(2)) + 0.1
 
 
-@pytest.fixture(scope="module", params=["patch", "channel"])
-def model(request):
+def taught(**fields):
     torch.manual_seed(0)
     config = ModelConfig(
-        token_type=request.param, backbone="compact", channels=C, width=4, image_size=48,
-        d_model=16, num_heads=2, num_layers=2, guidance=(16, 8),
+        backbone="compact", channels=C, width=4, image_size=48, d_model=16, num_heads=2,
+        num_layers=2, guidance=(16, 8), **fields,
     )  # fmt: skip
     net = CardiacDreamer(config).eval()
     with torch.no_grad():  # attention that is not nearly even, biases that are not zero
         for block in net.world.blocks:
             block.attention.qkv.weight.mul_(4)
     return net
+
+
+@pytest.fixture(scope="module", params=["patch", "channel"])
+def model(request):
+    return taught(token_type=request.param)
 
 
 @pytest.fixture
@@ -246,6 +250,63 @@ def test_patch_share_lies_on_its_cell():
     share = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     grid = attribution.to_grid(share, torch.rand(1, 3, 2, 2), "patch")
     assert grid[0].tolist() == share.view(2, 2).tolist()
+
+
+def test_a_fine_share_lies_on_the_cell_around_it():
+    share = torch.zeros(1, 4 + 16)  # a coarse level of 2 x 2, a fine one of 4 x 4
+    share[0, 3], share[0, 4 + 4 * 2 + 1], share[0, 4 + 3] = 0.5, 0.3, 0.2
+    grid = attribution.to_grid(share, torch.rand(1, 3, 2, 2), "patch")
+    assert torch.allclose(grid[0], torch.tensor([[0.0, 0.2], [0.3, 0.5]]))
+
+
+def test_shares_of_both_sorts_meet_on_the_grid():
+    features = torch.zeros(1, 2, 2, 2)
+    features[0, 0] = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    share = torch.tensor([[0.1, 0.2, 0.0, 0.0, 0.4, 0.0]])  # four cells, two channels
+    grid = attribution.to_grid(share, features, "both")
+    assert torch.allclose(grid[0], torch.tensor([[0.4, 0.2], [0.0, 0.1]]))
+    assert attribution.channel_scores(share, features, "both").tolist() == share[:, 4:].tolist()
+    assert attribution.channel_scores(share, features, "channel") is share
+    with pytest.raises(ValueError, match="is unknown"):
+        attribution.channel_scores(share, features, "patch")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hierarchy": 2}, {"hierarchy": 3, "positions": "learned-2d", "pooling": "action"},
+        {"token_type": "both"}, {"token_type": "both", "pooling": "generalised-mean"},
+        {"pooling": "attention", "token_dropout": 0.5},
+        {"token_type": "channel", "pooling": "action"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_are_seen_through(fields, images):
+    net = taught(**fields)
+    features = attribution.encode(net, images)
+    weights = attribution.attention(net, features)
+    tokens = 1 + net.config.tokens
+    assert weights.shape == (2, 5, 2, tokens, tokens)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 5, 2, tokens), atol=1e-5)
+    if "hierarchy" in fields:
+        assert (weights[..., ~net.world.sees] == 0).all()
+    pose = net.imagine(features, torch.zeros(5, 6)).pose
+    with attribution.recorder(net):
+        assert torch.allclose(net.imagine(features, torch.zeros(5, 6)).pose, pose, atol=1e-4)
+    for kind in attribution.ATTENTION:
+        grid = attribution.attention_grid(net, features, kind)
+        assert grid.shape == (5, H, H) and (grid >= 0).all()
+    share = attribution.read(weights.mean(2), "action")  # on the grid its total is kept
+    grid = attribution.to_grid(share, features, net.config.token_type)
+    assert torch.allclose(grid.sum((-1, -2)), share.sum(-1), atol=1e-5)
+    maps = attribution.attribute(net, features, "roll", "gradient_x_activation")
+    assert maps.grid.shape == (5, H, H) and maps.channels.shape == features.shape[:2]
+    assert torch.allclose(maps.grid.sum((1, 2)), maps.channels.sum(1), atol=1e-4)
+    before = net.state_dict()
+    for stage, fresh in faithfulness.randomised(net):  # each stage draws something anew
+        after = {name: value.clone() for name, value in fresh.state_dict().items()}
+        assert any(not torch.equal(after[name], before[name]) for name in after), stage
+        before = after
 
 
 @pytest.mark.parametrize("kind", attribution.ATTENTION)

@@ -12,7 +12,7 @@ import torch
 from dreamer import benchmark, cold, costs
 from dreamer.fast import QUERIES, InParts, difference, fast
 from dreamer.figures import benchmark as draw
-from dreamer.model import Attention
+from dreamer.model import Attention, CardiacDreamer, ModelConfig
 
 TINY = {
     "backbone": "compact", "image_size": 32, "channels": 16, "width": 4, "d_model": 16,
@@ -40,6 +40,40 @@ def one_thread():
 def test_formula_agrees_with_the_counter(shapes, variant):
     config = costs.configs(shapes)[variant]
     assert sum(costs.flops(config, 2).values()) == pytest.approx(costs.counted(config, 2), rel=0.01)
+
+
+OPTIONS = [
+    {"positions": "learned-2d"}, {"hierarchy": 2}, {"pooling": "attention"}, {"pooling": "action"},
+    {"pooling": "generalised-mean"}, {"token_type": "both"}, {"token_dropout": 0.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", OPTIONS, ids=str)
+@pytest.mark.parametrize("shapes", [TINY, RESNET], ids=["compact", "resnet34"])
+def test_formula_knows_the_options(shapes, fields):
+    config = ModelConfig(**{**shapes, **fields})
+    assert sum(costs.flops(config, 2).values()) == pytest.approx(costs.counted(config, 2), rel=0.01)
+    with torch.device("meta"):
+        model = CardiacDreamer(config)
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(costs.parameters(model).values()) == total
+    assert costs.predicted_memory(config)["parameters"] >= 4 * total / 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", OPTIONS, ids=str)
+def test_fast_answers_with_every_option(fields, dtype):
+    model = CardiacDreamer(ModelConfig(**{**TINY, **fields})).eval()
+    image, action = costs.inputs(model.config, 3)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    with torch.no_grad():
+        expected, got = model(image, action), fast(model, dtype)(image, action)
+    torch.testing.assert_close(got.pose, expected.pose, atol=tolerance, rtol=0)
+
+
+def test_attention_in_parts_refuses_windows():
+    with pytest.raises(ValueError, match="knows no windows"):
+        InParts(Attention(16, 2, 0.0))(torch.zeros(1, 3, 16), torch.ones(3, 3, dtype=torch.bool))
 
 
 def test_parameters_tokens_and_predicted_memory_are_the_published_ones():
