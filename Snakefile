@@ -35,6 +35,7 @@ PROMISED = {
     "04_compare": ("04_verdicts.csv", "04_accuracy.csv", "04_accuracy.png", "04_convergence.png"),
     "05_attention": ("05_reading.csv", "05_gallery.png"),
     "06_attribution": ("06_scores.csv", "06_verdicts.csv", "06_maps.png"),
+    "08_navigation": ("08_verdicts.csv", "08_arrivals.csv", "08_arrivals.png", "08_search.gif"),
 }
 # What a notebook takes less of where only its running is tested.
 SMOKE = {
@@ -45,6 +46,7 @@ SMOKE = {
     ),
     "05_attention": dict(frames=6),
     "06_attribution": dict(frames=6, few=3, steps=4),
+    "08_navigation": dict(starts=2, hand=dict(steps=3)),
 }
 
 PRESET = config.get("preset", "laptop")
@@ -80,6 +82,7 @@ RUNS = f"data/runs/{NAME}"
 # The committed figures are those of the default; other sizes and other data have their own folder.
 OUTPUT = config.get("output", "figures" if NAME == "laptop" else f"{RUNS}/figures")
 NOTEBOOKS = {p.stem: str(p) for p in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))}
+NOTEBOOKS.pop("09_explore", None)  # for a hand on its sliders, not for the page
 TRAINING = "02_train"
 SPLITS = [f"-fold{fold}" for fold in FOLDS] if len(FOLDS) > 1 else [""]
 TRAINED = [

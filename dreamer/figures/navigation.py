@@ -144,3 +144,52 @@ def film(images: NDArray, words: Sequence[str], file: str | Path, scale: int = 3
     part.write_bytes(stream.getvalue())
     os.replace(part, file)
     return file
+
+
+def _guide(draw: ImageDraw.ImageDraw, motion: Sequence[float], x: int, y: int, r: int = 26) -> None:
+    """The probe from behind: an arrow for the slide, an arc for the rotation, about (x, y)."""
+    amber = "#E69F00"
+    draw.ellipse((x - r, y - r, x + r, y + r), outline="#888888")
+    dx, dy = (float(np.clip(v / 12, -1, 1)) * r for v in motion[:2])
+    if (long := np.hypot(dx, dy)) > 2:
+        draw.line((x, y, x + dx, y + dy), fill=amber, width=3)
+        ux, uy = dx / long, dy / long
+        tip = [(4, 0), (-4, 4), (-4, -4)]  # along the arrow and across it
+        tip = [(x + dx + a * ux - b * uy, y + dy + a * uy + b * ux) for a, b in tip]
+        draw.polygon(tip, fill=amber)
+    if abs(turn := float(motion[5])) > 2:  # clockwise on the screen is clockwise for the hand
+        ends = sorted((-90.0, -90.0 + turn))
+        box = (x - r - 5, y - r - 5, x + r + 5, y + r + 5)
+        draw.arc(box, *ends, fill=amber, width=3)
+        at = np.radians(-90 + turn)
+        end = x + (r + 4) * np.cos(at), y + (r + 4) * np.sin(at)
+        draw.ellipse((end[0] - 3, end[1] - 3, end[0] + 3, end[1] + 3), fill=amber)
+
+
+def panels(
+    image: NDArray, views: Sequence[tuple[str, NDArray | None, Sequence[float]]], side: int = 300
+) -> bytes:
+    """One frame [S, S] side by side as PNG bytes: title, map [h, w] or None, motion [6] to make.
+
+    Cells are as opaque as |value| over the map's largest, amber above zero and blue below. The
+    motion is drawn in the lower left corner as the probe is seen from behind.
+    """
+    sheet = Image.new("RGB", (side * len(views), side), "black")
+    grey = np.asarray(Image.fromarray(image).resize((side, side)), dtype=np.float32)
+    draw = ImageDraw.Draw(sheet)
+    for place, (title, grid, motion) in enumerate(views):
+        page = np.repeat(grey[..., None], 3, axis=2)
+        if grid is not None:
+            value = np.asarray(grid, np.float32) / max(float(np.abs(grid).max()), 1e-9)
+            cells = np.asarray(
+                Image.fromarray(value).resize((side, side), Image.Resampling.NEAREST)
+            )
+            colour = np.where(cells[..., None] >= 0, (230, 159, 0), (0, 114, 178))
+            alpha = 0.6 * np.abs(cells)[..., None]
+            page = page * (1 - alpha) + colour * alpha
+        sheet.paste(Image.fromarray(page.astype(np.uint8)), (place * side, 0))
+        draw.text((place * side + 6, 4), title, fill="white")
+        _guide(draw, list(map(float, motion)), place * side + 40, side - 40)
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
