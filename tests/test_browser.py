@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -63,9 +64,7 @@ def served(index):
 def test_page_at_phone_and_desktop(browser, index, served, tmp_path, width, height, scheme, where):
     address = index.as_uri() if where == "disk" else served
     home = address.rsplit("/", 1)[0]
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme
-    )
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     view, asked, failed = context.new_page(), [], []
     view.on("request", lambda request: asked.append(request.url))
     view.on("requestfailed", lambda request: failed.append(request.url))
@@ -175,4 +174,85 @@ def test_training_notebook_in_jupyterlab(browser, root, lab, tmp_path):
     shot = tmp_path / "lab.png"
     view.screenshot(path=shot)
     assert shot.stat().st_size > 10_000
+    view.close()
+
+
+def untrained(folder: Path, token_type: str) -> str:
+    """A run's folder as training leaves it, whose model has learned nothing."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dreamer.model import CardiacDreamer, ModelConfig
+    from dreamer.training import TrainingConfig
+
+    config = ModelConfig(
+        token_type=token_type, backbone="compact", image_size=64, channels=16, width=4, d_model=16,
+        num_heads=2, num_layers=1, guidance=(32, 16),
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    parts = {"model": config, "training": TrainingConfig()}
+    told = {name: part.model_dump(mode="json") for name, part in parts.items()} | {"data": {}}
+    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "split.json").write_text('{"kind": "patient", "train": [], "val": [], "test": []}')
+    torch.manual_seed(0)
+    save_file(CardiacDreamer(config).state_dict(), folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, tmp_path):
+    runs = [untrained(tmp_path / name, name) for name in ("patch", "channel")]
+    parameterised(
+        root, "09_explore.ipynb", tmp_path / "work" / "09_explore.ipynb", runs=runs,
+        data=str(tmp_path / "none"), output=str(tmp_path / "figures"),
+    )  # fmt: skip
+    view = browser.new_page(viewport={"width": 1400, "height": 1000})
+    view.set_default_timeout(120_000)
+    view.goto(lab.format("work/09_explore.ipynb"))
+    view.locator(".jp-NotebookPanel-toolbar").wait_for()
+    idle = view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    idle.wait_for()
+    done = tmp_path / "figures" / "09_explore.png"  # the last cell's
+    for _ in range(4):  # a click in the moment the kernel's connection is renewed is lost
+        view.wait_for_timeout(2000)
+        view.get_by_role("menuitem", name="Run", exact=True).click()
+        view.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        for _ in range(120):
+            view.wait_for_timeout(500)
+            assert not view.locator(".jp-RenderedText .ansi-red-fg").count(), "a cell failed"
+            if done.exists():
+                break
+        if done.exists():
+            break
+    idle.wait_for()
+    panel = view.locator(".jp-WindowedPanel-outer").first
+    button = view.get_by_role("button", name="go to the plane")
+    for height in range(0, 12_000, 200):  # Lab draws only the cells in sight
+        panel.evaluate("(element, height) => { element.scrollTop = height }", height)
+        view.wait_for_timeout(200)
+        if button.count():
+            break
+    button.scroll_into_view_if_needed()
+    picture = view.locator(".jupyter-widgets.widget-image").first
+    before = picture.get_attribute("src")
+    x = view.locator(".widget-slider").first
+    readout = x.locator(".widget-readout")
+    shown = float(readout.inner_text().replace("−", "-"))
+    x.locator(".noUi-handle").focus()
+    for _ in range(4):  # by the keyboard alone
+        view.keyboard.press("ArrowRight")
+    moved = "([e, x]) => Math.abs(parseFloat(e.innerText.replace('−', '-')) - x) > 1"
+    view.wait_for_function(moved, arg=[readout.element_handle(), shown])
+    view.wait_for_function("([e, src]) => e.src != src", arg=[picture.element_handle(), before])
+    button.click()
+    report = view.get_by_text(re.compile(r"stopped after \d+ steps; error: [\d.]+ mm, [\d.]+ deg"))
+    view.wait_for_timeout(1000)
+    report.first.wait_for()
+    found = re.search(r"error: ([\d.]+) mm, ([\d.]+) deg", report.first.inner_text())
+    assert 0 <= float(found[1]) < 200 and 0 <= float(found[2]) <= 180
+    view.get_by_role("button", name="new patient").click()
+    view.get_by_text(re.compile(r"patient virtual_0001")).first.wait_for()
+    shot = tmp_path / "explore.png"
+    view.screenshot(path=shot)
+    assert shot.stat().st_size > 20_000
     view.close()

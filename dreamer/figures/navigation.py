@@ -157,7 +157,8 @@ def _guide(draw: ImageDraw.ImageDraw, motion: Sequence[float], x: int, y: int, r
         tip = [(4, 0), (-4, 4), (-4, -4)]  # along the arrow and across it
         tip = [(x + dx + a * ux - b * uy, y + dy + a * uy + b * ux) for a, b in tip]
         draw.polygon(tip, fill=amber)
-    if abs(turn := float(motion[5])) > 2:  # clockwise on the screen is clockwise for the hand
+    # Clockwise on the screen is clockwise for the hand; three times as far, to be seen.
+    if abs(turn := float(np.clip(3 * motion[5], -170, 170))) > 6:
         ends = sorted((-90.0, -90.0 + turn))
         box = (x - r - 5, y - r - 5, x + r + 5, y + r + 5)
         draw.arc(box, *ends, fill=amber, width=3)
@@ -172,7 +173,7 @@ def panels(
     """One frame [S, S] side by side as PNG bytes: title, map [h, w] or None, motion [6] to make.
 
     Cells are as opaque as |value| over the map's largest, amber above zero and blue below. The
-    motion is drawn in the lower left corner as the probe is seen from behind.
+    motion is drawn in the upper right corner as the probe is seen from behind.
     """
     sheet = Image.new("RGB", (side * len(views), side), "black")
     grey = np.asarray(Image.fromarray(image).resize((side, side)), dtype=np.float32)
@@ -189,7 +190,7 @@ def panels(
             page = page * (1 - alpha) + colour * alpha
         sheet.paste(Image.fromarray(page.astype(np.uint8)), (place * side, 0))
         draw.text((place * side + 6, 4), title, fill="white")
-        _guide(draw, list(map(float, motion)), place * side + 40, side - 40)
+        _guide(draw, list(map(float, motion)), (place + 1) * side - 42, 44)
     stream = io.BytesIO()
     sheet.save(stream, "PNG", compress_level=1)
     return stream.getvalue()
