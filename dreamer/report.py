@@ -25,6 +25,7 @@ from pygments.formatters import HtmlFormatter
 
 from dreamer.training import versions, write_whole
 
+LAST = "How long each step took"  # the section of what belongs to no notebook
 SHOWN_ROWS = 24  # a longer table is only linked
 
 
@@ -88,14 +89,48 @@ def _tables(output: Path) -> list[dict[str, Any]]:
     return tables
 
 
-def write_page(output: str | Path, notebooks: str | Path) -> Path:
+def steps(notebooks: str | Path) -> pd.DataFrame:
+    """How long each executed notebook in a folder took: columns step, started, minutes."""
+    rows = []
+    for file in sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb")):
+        ran = nbformat.read(file, as_version=4).metadata.get("papermill", {})
+        if ran.get("duration"):
+            rows.append((file.stem, ran["start_time"][:16], round(ran["duration"] / 60, 2)))
+    return pd.DataFrame(rows, columns=["step", "started", "minutes"])
+
+
+def fill(text: str, output: str | Path) -> str:
+    """A Markdown text with its tables brought up to what the pipeline wrote into `output`.
+
+    A table stands between `<!-- NAME.csv: column, column -->` (or `NAME.csv` alone, for all) and
+    `<!-- end -->`. Raises FileNotFoundError where the file is missing, KeyError for a column.
+    """
+
+    def table(found: re.Match) -> str:
+        frame = pd.read_csv(Path(output, found["file"]))
+        columns = [c.strip() for c in (found["columns"] or "").split(",") if c.strip()]
+        lines = [list(frame[columns or list(frame)]), ["---"] * len(columns or list(frame))]
+        for row in frame[columns or list(frame)].itertuples(index=False):
+            lines.append(
+                ["" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row]
+            )
+        body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return f"{found['head']}\n{body}\n<!-- end -->"
+
+    block = r"(?P<head><!-- (?P<file>[\w/]+\.csv)(?::(?P<columns>[^>]*?))? -->)\n.*?<!-- end -->"
+    return re.sub(block, table, text, flags=re.S)
+
+
+def write_page(output: str | Path, notebooks: str | Path, readme: str | Path | None = None) -> Path:
     """Write `output`/index.html and `output`/notebooks/*.html; return the page's path.
 
     `output` holds the figures (PNG, SVG, JSON with caption, alt text and sample size) and tables
-    (CSV; `*_verdicts.csv` comes first), `notebooks` the executed notebooks. Raises
-    FileNotFoundError for a caption without its picture.
+    (CSV; `*_verdicts.csv` comes first), `notebooks` the executed notebooks; the tables in `readme`
+    are brought up to date. Raises FileNotFoundError for a caption without its picture.
     """
     output = Path(output)
+    ran = steps(notebooks)
+    write_whole(output / "00_steps.csv", ran.to_csv(index=False).encode())
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     template = jinja2.Template(text, autoescape=True)
     common = {
@@ -120,10 +155,11 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
             size = picture.size
         figures.append({**notes, "name": file.stem, "width": size[0], "height": size[1]})
     tables = _tables(output)
-    numbers = sorted({f["name"][:2] for f in figures} | {t["number"] for t in tables})
+    numbers = {f["name"][:2] for f in figures} | {t["number"] for t in tables}
+    numbers = sorted(numbers, key=lambda number: (number == "00", number))
     sections = [
         {
-            "title": next((b["title"] for b in books if b["stem"][:2] == number), number),
+            "title": next((b["title"] for b in books if b["stem"][:2] == number), LAST),
             "books": [b for b in books if b["stem"][:2] == number],
             "figures": [f for f in figures if f["name"][:2] == number],
             "tables": [t for t in tables if t["number"] == number],
@@ -137,4 +173,7 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
         books=[b for b in books if b["stem"][:2] not in numbers], facts=_machine(), **common,
     )  # fmt: skip
     write_whole(output / "index.html", page.encode())
+    if readme is not None:
+        text = Path(readme).read_text(encoding="utf-8")
+        write_whole(Path(readme), fill(text, output).encode())
     return output / "index.html"

@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 
-from dreamer.report import notebook_html, write_page
+from dreamer.report import fill, notebook_html, write_page
 
 
 def test_page_says_what_the_files_say(page):
@@ -32,6 +32,30 @@ def test_notebook_loses_widgets_and_progress_bars(page):
     title, body = notebook_html(page.parent / "books" / "04_compare.ipynb")
     assert title == "04 Compare: which?"
     assert "two" in body and "spinning" not in body and "alert" not in body
+
+
+def test_tables_of_a_text_follow_the_files(tmp_path):
+    frame = pd.DataFrame({"claim": ["a", "b"], "value": [1.23456, None], "n": [3, 4]})
+    frame.to_csv(tmp_path / "04_rows.csv", index=False)
+    text = "Before.\n<!-- 04_rows.csv: claim, value -->\nold\n<!-- end -->\nAfter.\n"
+    filled = fill(text, tmp_path)
+    assert "| claim | value |\n| --- | --- |\n| a | 1.235 |\n| b |  |\n<!-- end -->" in filled
+    assert filled.startswith("Before.\n") and filled.endswith("After.\n")
+    assert fill(filled, tmp_path) == filled
+    assert "| a | 1.235 | 3 |" in fill(text.replace(": claim, value", ""), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        fill(text.replace("04", "05"), tmp_path)
+    with pytest.raises(KeyError, match="verdict"):
+        fill(text.replace("value", "verdict"), tmp_path)
+
+
+def test_the_readme_says_what_the_pipeline_wrote(root):
+    text = (root / "README.md").read_text()
+    tables = text.count("<!-- end -->")
+    assert tables >= 3 and fill(text, root / "figures") == text
+    # Outside of those blocks the only table of numbers would be one typed in by hand.
+    free = re.sub(r"<!-- [\w/]+\.csv.*?<!-- end -->", "", text, flags=re.S)
+    assert not [row for row in free.splitlines() if re.match(r"\|.*\d\.\d", row)]
 
 
 def test_caption_without_picture_is_refused(page, tmp_path):
