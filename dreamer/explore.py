@@ -107,14 +107,12 @@ class Explorer:
             button = widgets.Button(description=words, tooltip=words)
             button.on_click(lambda _, act=act: act())
             row.append(button)
-        left = [*self.sliders.values(), self.plane, self.shown, self.steers, self.path]
+        chosen = [self.plane, self.shown, self.steers, self.path]
+        wrap = widgets.Layout(flex_flow="row wrap")
+        sides = [widgets.VBox(list(self.sliders.values())), widgets.VBox(chosen)]
         self.widget = widgets.VBox([
-            widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap")),
-            self.report,
-            widgets.HBox(
-                [widgets.VBox(left), widgets.VBox([self.picture, self.text])],
-                layout=widgets.Layout(flex_flow="row wrap"),
-            ),
+            widgets.HBox(row, layout=wrap), self.report, self.picture,
+            widgets.HBox(sides, layout=wrap), self.text,
         ])  # fmt: skip
 
     # What is computed, each from what it depends on alone.
@@ -149,6 +147,8 @@ class Explorer:
         """Set all six sliders to a pose [6] within their reach, and redraw once."""
         self.quiet = True
         for slider, value in zip(self.sliders.values(), pose.tolist(), strict=True):
+            # Where the browser's slider would snap to: it must not send another value back.
+            value = round(value / slider.step) * slider.step
             slider.value = float(np.clip(value, slider.min, slider.max))
         self.quiet = False
         self.redraw()

@@ -1,6 +1,7 @@
 """Closed loop: physics by hand, Gymnasium's own checker, policies that must and must not arrive."""
 
 import json
+import re
 import warnings
 
 import gymnasium
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from dreamer import arrivals, poses
+from dreamer.explore import Explorer, say
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.navigation import (
     Follow,
@@ -245,6 +247,38 @@ def test_searches_are_kept_repeatable_and_independent_of_their_parts(run, tmp_pa
     pd.testing.assert_frame_equal(first, arrivals.navigate(*given))
     with pytest.raises(ValueError, match="drift is unknown"):
         arrivals.navigate(*given[:5], ["drift"])
+
+
+def test_guidance_is_said_as_a_hand_moves():
+    said = say(tensor(6.2, -3, 0.4, 0, 5, -8)[0])
+    assert (
+        said == "slide 6 mm right, slide 3 mm away from you, rock 5° right, rotate 8° anticlockwise"
+    )
+    assert say(torch.zeros(6)).startswith("hold")
+    # Rocked to the right, the middle beam points to the picture's right; fanned, out of it.
+    beam = poses.to_matrix(torch.tensor([[0, 0, 0, 0, 5, 0], [0, 0, 0, 5, 0, 0.0]]))[:, :3, 2]
+    assert beam[0, 0] > 0 and beam[1, 1] < 0
+
+
+def test_explorer_computes_only_what_changed(run, tmp_path):
+    explorer = Explorer([str(run), "nowhere"], str(tmp_path), people=2)
+    assert explorer.missing == ["nowhere"] and list(explorer.models) == ["patch"]
+    drawn, asked = explorer._frame.cache_info().misses, explorer._answer.cache_info().misses
+    explorer.shown.value = "attribution"
+    explorer.shown.value = "none"
+    assert explorer._frame.cache_info().misses == drawn
+    assert explorer._answer.cache_info().misses == asked
+    before = explorer.picture.value
+    explorer.sliders["yaw"].value += 5
+    assert explorer._frame.cache_info().misses == drawn + 1 and explorer.picture.value != before
+    explorer.go()
+    assert re.match(r"stopped after \d+ steps; error: [\d.]+ mm", explorer.report.value)
+    assert not explorer.load("nowhere") and "not loaded" in explorer.report.value
+    explorer.plane.value = "plax"
+    assert explorer.target == "plax" and "apical four-chamber plane alone" in explorer.text.value
+    blind = Explorer([], str(tmp_path))
+    blind.go()
+    assert "nobody guides" in blind.report.value
 
 
 def test_people_are_unseen(run, tmp_path):

@@ -28,22 +28,25 @@ def _looks(variant: str, policy: str) -> dict:
 def paths(surface: NDArray, walks: Sequence[tuple[NDArray, str, str]]) -> Figure:
     """Ways of the probe over the heart: `surface` [N, 3] mm, drawn as points, in its frame.
 
-    `walks`: (points [steps, 3] mm, variant, policy); a dot is the end. Two views of one scene.
+    `walks`: (points [steps, 3] mm, variant, policy); a cross is the start, a dot the end. Left the
+    whole scene, right the ways alone, seen along the heart's axis.
     """
-    fig = plt.figure(figsize=(9, 4.2), layout="none")
-    for place, (up, round_) in enumerate(((15, -70), (75, -90))):
-        ax = fig.add_subplot(1, 2, place + 1, projection="3d")
-        ax.scatter(*surface.T, s=1, color="#c0504d", alpha=0.12, lw=0, rasterized=True)
-        for points, variant, policy in walks:
-            looks = _looks(variant, policy)
-            ax.plot(*points.T, lw=1.3, **looks)
-            ax.scatter(*points[-1:].T, s=14, color=looks["color"], depthshade=False)
-        ax.view_init(up, round_)
-        ax.set(xlabel="lateral (mm)", ylabel="inferior (mm)", zlabel="to the base (mm)")
-        ax.set_aspect("equal")
-    handles, labels = ax.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    fig.legend(once.values(), once, loc="lower center", ncol=4)
+    fig = plt.figure(figsize=(9, 4.4))
+    scene, near = fig.add_subplot(1, 2, 1, projection="3d"), fig.add_subplot(1, 2, 2)
+    scene.scatter(*surface.T, s=4, color="#c0504d", alpha=0.35, lw=0, rasterized=True)
+    for points, variant, policy in walks:
+        looks = _looks(variant, policy)
+        scene.plot(*points.T, lw=1.3, **looks)
+        near.plot(*points[:, :2].T, lw=1.3, **looks)
+        near.plot(*points[-1, :2], "o", color=looks["color"])
+    near.plot(*walks[0][0][0, :2], "kx", ms=8, label="start")
+    scene.view_init(15, -70)
+    scene.set(xlabel="lateral (mm)", ylabel="inferior (mm)", zlabel="to the base (mm)")
+    scene.set_aspect("equal")
+    scene.locator_params(nbins=5)
+    near.set(xlabel="lateral (mm)", ylabel="inferior (mm)", aspect="equal")
+    near.set_anchor("C")
+    fig.legend(*near.get_legend_handles_labels(), loc="outside lower center", ncol=5)
     return fig
 
 
