@@ -73,7 +73,7 @@ def test_committed_figures_are_complete_and_small(root):
     for file in folder.glob("[0-9][0-9]_*.json"):
         assert f'src="{file.stem}.png"' in text
         assert file.with_suffix(".png").stat().st_size < 300_000
-        assert file.with_suffix(".svg").exists()
+        assert file.with_suffix(".svg").exists() and file.with_suffix(".pdf").exists()
     for file in folder.glob("*_verdicts.csv"):
         for cell in pd.read_csv(file, dtype=str).fillna("").to_numpy().ravel():
             assert cell in text

@@ -41,6 +41,7 @@ def theme() -> None:
             "image.cmap": "gray",
             "svg.hashsalt": "dreamer",
             "svg.fonttype": "none",
+            "pdf.fonttype": 42,
         }
     )
 
@@ -48,7 +49,7 @@ def theme() -> None:
 def save(
     fig: Figure, output: str | Path, name: str, caption: str, alt: str, n: str | None = None
 ) -> Path:
-    """Write `name`.png (at most 300 kB), .svg and .json (caption, alt text, sample size `n`).
+    """Write `name`.png (at most 300 kB), .svg, .pdf and .json (caption, alt text, sample size `n`).
 
     `name` begins with its notebook's number. Each file is written whole. Returns the PNG's path.
     """
@@ -61,12 +62,14 @@ def save(
         fig.savefig(png, format="png", dpi=dpi)
         if png.tell() <= LIMIT:
             break
-    svg = io.BytesIO()
+    svg, pdf = io.BytesIO(), io.BytesIO()
     fig.savefig(svg, format="svg", dpi=110, metadata={"Date": None})
+    fig.savefig(pdf, format="pdf", dpi=110, metadata={"CreationDate": None})
     notes = {"caption": caption, "alt": alt, "n": n, "notebook": name[:2]}
     for suffix, content in (
         (".png", png.getvalue()),
         (".svg", svg.getvalue()),
+        (".pdf", pdf.getvalue()),
         (".json", json.dumps(notes, indent=1).encode()),
     ):
         part = folder / f".{name}{suffix}.part"
