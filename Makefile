@@ -1,6 +1,7 @@
 # The front door: make figures | test | lab | clean. Each sets up all it needs and can be run again.
 PYTHON ?= python3
 CONFIG ?=
+ABLATIONS ?=
 UV := uv==0.13.9
 BIN := .venv/bin
 # The environment is remade when what it is made from changes, whatever the files' dates say.
@@ -16,7 +17,7 @@ help:
 	@echo "make clean     remove the phantom and caches; data/runs (trained models), figures/ and .venv stay"
 
 figures: $(STAMP)
-	@$(BIN)/python -m dreamer.pipeline figures $(CONFIG)
+	@$(BIN)/python -m dreamer.pipeline figures $(CONFIG) $(if $(ABLATIONS),ablations=$(ABLATIONS))
 
 test: lint
 	@echo "== tests"

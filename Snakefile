@@ -3,6 +3,7 @@
     make figures                                      the default, behind a lock
     make figures CONFIG="preset=full seeds=5"         other sizes
     make figures CONFIG="data=../my_scans folds=5"    one's own scans
+    make figures ABLATIONS=1                          the options' study too, up to 15 minutes more
     snakemake --profile profiles/slurm                the same on a cluster
 
 A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
@@ -35,6 +36,7 @@ PROMISED = {
     "04_compare": ("04_verdicts.csv", "04_accuracy.csv", "04_accuracy.png", "04_convergence.png"),
     "05_attention": ("05_reading.csv", "05_gallery.png"),
     "06_attribution": ("06_scores.csv", "06_verdicts.csv", "06_maps.png"),
+    "07_ablations": ("07_verdicts.csv", "07_changes.csv", "07_costs.png", "07_best.yaml"),
     "08_navigation": ("08_verdicts.csv", "08_arrivals.csv", "08_arrivals.png", "08_search.gif"),
 }
 # What a notebook takes less of where only its running is tested.
@@ -46,6 +48,10 @@ SMOKE = {
     ),
     "05_attention": dict(frames=6),
     "06_attribution": dict(frames=6, few=3, steps=4),
+    "07_ablations": dict(
+        seeds=[0, 1], steps=2, epochs=1, batch_size=4, workers=1,
+        options={"hierarchy": {"hierarchy": 2}, "both tokens": {"token_type": "both"}},
+    ),
     "08_navigation": dict(starts=2, hand=dict(steps=3)),
 }
 
@@ -56,12 +62,12 @@ SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
 OWN_DATA = config.get("data")
-unknown = set(config) - {"data", "preset", "seeds", "folds", "output", "timeout"}
+unknown = set(config) - {"data", "preset", "seeds", "folds", "output", "timeout", "ablations"}
 if unknown or (not OWN_DATA and PRESET not in PHANTOM) or not Path(PRESET_FILE).exists():
     raise WorkflowError(
         f"config {', '.join(sorted(unknown)) or f'preset={PRESET}'} is unknown; there are data, "
         f"preset ({', '.join(PHANTOM)}, or any YAML in notebooks/parameters beside data=...), "
-        "seeds, folds, output, timeout"
+        "seeds, folds, output, timeout, ablations"
     )
 
 if OWN_DATA:
@@ -82,6 +88,8 @@ RUNS = f"data/runs/{NAME}"
 # The committed figures are those of the default; other sizes and other data have their own folder.
 OUTPUT = config.get("output", "figures" if NAME == "laptop" else f"{RUNS}/figures")
 NOTEBOOKS = {p.stem: str(p) for p in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))}
+if not int(config.get("ablations", 0)):  # a study of its own, of many trainings
+    NOTEBOOKS.pop("07_ablations", None)
 NOTEBOOKS.pop("09_explore", None)  # for a hand on its sliders, not for the page
 TRAINING = "02_train"
 SPLITS = [f"-fold{fold}" for fold in FOLDS] if len(FOLDS) > 1 else [""]
@@ -105,6 +113,7 @@ def parameters(step, **given):
     """As JSON: the preset's part, then what the pipeline itself says, where the notebook takes it."""
     takes = known_parameters(NOTEBOOKS[step])
     said = {"data": DATA, "output": OUTPUT, "runs": runs(step), **given}
+    said["folder"] = f"{RUNS}/ablations/{CODE}"  # a change of the code trains anew
     said |= SMOKE.get(step, {}) if PRESET == "smoke" else {}
     said = {name: value for name, value in said.items() if name in takes}
     preset = preset_parameters(PRESET_FILE, NOTEBOOKS[step])

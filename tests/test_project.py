@@ -14,8 +14,8 @@ from packaging.specifiers import SpecifierSet
 # Each file imports only from those before it; an entry may be a file or a package.
 ORDER = [
     "poses", "phantom", "data", "tokens", "model", "training", "evaluation", "navigation",
-    "arrivals", "costs", "fast", "cold", "benchmark", "attribution", "truth", "faithfulness",
-    "figures", "explore", "report", "pipeline",
+    "arrivals", "costs", "fast", "cold", "benchmark", "ablations", "attribution", "truth",
+    "faithfulness", "figures", "explore", "report", "pipeline",
 ]  # fmt: skip
 CONDA = {
     "torch": "pytorch", "matplotlib": "matplotlib-base", "snakemake": "snakemake-minimal",
