@@ -230,6 +230,7 @@ rule page:
     output:
         f"{OUTPUT}/index.html",
     params:
-        write=f"from dreamer.report import write_page; write_page('{OUTPUT}', '{RUNS}/notebooks')",
+        write="from dreamer.report import write_page; write_page"
+        + repr((OUTPUT, f"{RUNS}/notebooks", *(["README.md"] if OUTPUT == "figures" else []))),
     shell:
         f"{sys.executable} -c {{params.write:q}}"
