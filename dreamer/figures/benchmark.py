@@ -51,7 +51,7 @@ def cold_and_warm(results: pd.DataFrame) -> Figure:
     ax.set_xlim(0, 1.4 * max(tops))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return fig
 
 
