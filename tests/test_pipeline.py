@@ -9,7 +9,6 @@ from dreamer.pipeline import (
     begin,
     known_parameters,
     preset_parameters,
-    read_parameters,
     run_notebook,
     set_aside,
 )
@@ -24,7 +23,7 @@ def test_known_parameters_are_the_tagged_cells_names(tmp_path, make_notebook):
 
 def test_unknown_parameter_stops_before_any_work(tmp_path, make_notebook):
     book = make_notebook(tmp_path / "a.ipynb", "seed = 0", "open('trace', 'w').write('x')")
-    with pytest.raises(NotebookError, match=r"unknown parameter sead; it takes seed"):
+    with pytest.raises(NotebookError, match=r"unknown parameter sead; .*a\.ipynb takes seed"):
         run_notebook(book, {"sead": 1}, tmp_path / "out.ipynb", cwd=tmp_path)
     assert not (tmp_path / "trace").exists() and not (tmp_path / "out.ipynb").exists()
 
@@ -111,12 +110,13 @@ def test_presets_are_shared_out_and_slips_refused(tmp_path, make_notebook):
 @pytest.mark.parametrize(
     ("text", "told"), [("a: [1", "is not YAML"), ("- 1", "must map"), ("1: 2", "must map")]
 )
-def test_parameter_files_are_checked(tmp_path, text, told):
+def test_parameter_files_are_checked(tmp_path, make_notebook, text, told):
+    book = make_notebook(tmp_path / "01_a.ipynb", "seed = 0")
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(NotebookError, match=told):
-        read_parameters(tmp_path / "p.yaml")
+        preset_parameters(tmp_path / "p.yaml", book)
     with pytest.raises(NotebookError, match="no such parameter file"):
-        read_parameters(tmp_path / "q.yaml")
+        preset_parameters(tmp_path / "q.yaml", book)
 
 
 def test_a_run_with_other_parameters_is_set_aside(tmp_path):
