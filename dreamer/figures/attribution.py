@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from dreamer.figures import COLOURS, name_lines, points, whiskers
+from dreamer.figures import COLOURS
 
 UP, DOWN = "#FFC20A", "#1E90FF"
 SIGNED = LinearSegmentedColormap.from_list("signed", [DOWN, "#000000", UP])
@@ -80,6 +80,12 @@ def outline(ax: Axes, labels: NDArray, number: int) -> None:
     inside = labels == number
     if inside.any() and not inside.all():
         ax.contour(inside, levels=[0.5], colors=COLOURS["truth"], linewidths=1.1)
+
+
+def _dots(ax: Axes, rows: pd.DataFrame, places: Sequence[float], colour: str, label: str):
+    """Means with their intervals, lying across the lines `places`."""
+    error = np.stack((rows["mean"] - rows["low"], rows["high"] - rows["mean"]))
+    ax.errorbar(rows["mean"], places, xerr=error, fmt="o", ms=4, lw=1.2, color=colour, label=label)
 
 
 def _variants(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -225,8 +231,9 @@ def reading(table: pd.DataFrame) -> Figure:
         for shift, (variant, part) in zip((-0.1, 0.1), table[table.measure == measure].groupby(
             "variant", sort=False), strict=False):  # fmt: skip
             place = part["layer"] + shift + (part["head"] - part["head"].mean()) * 0.02
-            ax.errorbar(place, part["mean"], whiskers(part, "mean"), fmt="o", ms=4, lw=1,
-                        label=variant, color=COLOURS[variant])  # fmt: skip
+            error = np.stack((part["mean"] - part["low"], part["high"] - part["mean"]))
+            ax.errorbar(place, part["mean"], error, fmt="o", ms=4, lw=1, label=variant,
+                        color=COLOURS[variant])  # fmt: skip
         ax.set(xlabel="layer", title=measure, xticks=sorted(set(table["layer"])))
     axes[0, 0].set_ylabel("mean over frames, 95% interval")
     axes[0, 0].legend()
@@ -250,10 +257,11 @@ def scores(summary: pd.DataFrame, measures: Sequence[str], columns: int = 3) -> 
         part = summary[summary.measure == measure]
         for shift, (variant, rows) in zip((-0.14, 0.14), _variants(part), strict=False):
             y = [methods.index(m) + shift for m in rows["method"]]
-            points(ax, rows, "mean", y, color=COLOURS[variant], label=variant)
+            _dots(ax, rows, y, COLOURS[variant], variant)
         ax.axhspan(own - 0.5, len(methods) - 0.5, color="#f2f2f2", zorder=0)
         ax.set_title(MEASURED.get(measure, measure), fontsize=9)
-        name_lines(ax, map(words, methods))
+        ax.set(yticks=range(len(methods)), yticklabels=[words(m) for m in methods])
+        ax.set_ylim(len(methods) - 0.5, -0.5)
     for ax in axes.flat[len(measures) :]:
         ax.set_visible(False)
     handles, names = axes[0, 0].get_legend_handles_labels()
@@ -336,7 +344,7 @@ def structures(table: pd.DataFrame, unit: str) -> Figure:
     order = mass.groupby("structure")["mean"].mean().sort_values().index.tolist()
     for shift, (variant, rows) in zip((-0.16, 0.16), _variants(mass), strict=False):
         y = [order.index(s) - shift for s in rows["structure"]]
-        points(left, rows, "mean", y, color=COLOURS[variant], label=variant)
+        _dots(left, rows, y, COLOURS[variant], variant)
     left.axvline(1, color=COLOURS["neutral"], ls="--", lw=1)
     left.set_yticks(range(len(order)), [words(s) for s in order])
     left.set_xlabel("share of the map / share of the visible area")
@@ -391,8 +399,9 @@ def agreement(summary: pd.DataFrame) -> Figure:
             if rows.empty:
                 continue
             y = [own.index(m) + shift for m in rows["method"]]
-            points(ax, rows, "mean", y, color=colour, label=label)
-        name_lines(ax, map(words, own))
+            _dots(ax, rows, y, colour, label)
+        ax.set_yticks(range(len(own)), [words(m) for m in own])
+        ax.invert_yaxis()
         ax.yaxis.tick_right()
         ax.set(title="the same method, two runs", xlabel="rank correlation")
         ax.legend(loc="lower left", bbox_to_anchor=(0, -0.5))
@@ -405,8 +414,9 @@ def dots(summary: pd.DataFrame, label: str, values: str) -> Figure:
     fig, ax = plt.subplots(figsize=(6, 0.42 * len(order) + 1.2))
     for shift, (variant, rows) in zip((-0.12, 0.12), _variants(summary), strict=False):
         y = [order.index(v) + shift for v in rows[label]]
-        points(ax, rows, "mean", y, color=COLOURS[variant], label=variant)
-    name_lines(ax, map(words, order))
+        _dots(ax, rows, y, COLOURS[variant], variant)
+    ax.set_yticks(range(len(order)), [words(v) for v in order])
+    ax.invert_yaxis()
     ax.set_xlabel(values)
     ax.legend()
     return fig

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from dreamer.figures import COLOURS, LIMIT, name_lines, points, whiskers
+from dreamer.figures import COLOURS, LIMIT
 
 STYLES = {"follow": ":", "average": "-", "plan": "--"}
 CONTROL = {"stay": "#999999", "random": "#E69F00", "mean": "#000000", "oracle": COLOURS["truth"]}
@@ -34,11 +34,11 @@ def paths(surface: NDArray, walks: Sequence[tuple[NDArray, str, str]]) -> Figure
     fig = plt.figure(figsize=(9, 4.4))
     scene, near = fig.add_subplot(1, 2, 1, projection="3d"), fig.add_subplot(1, 2, 2)
     scene.scatter(*surface.T, s=4, color="#c0504d", alpha=0.35, lw=0, rasterized=True)
-    for walk, variant, policy in walks:
+    for points, variant, policy in walks:
         looks = _looks(variant, policy)
-        scene.plot(*walk.T, lw=1.3, **looks)
-        near.plot(*walk[:, :2].T, lw=1.3, **looks)
-        near.plot(*walk[-1, :2], "o", color=looks["color"])
+        scene.plot(*points.T, lw=1.3, **looks)
+        near.plot(*points[:, :2].T, lw=1.3, **looks)
+        near.plot(*points[-1, :2], "o", color=looks["color"])
     near.plot(*walks[0][0][0, :2], "kx", ms=8, label="start")
     scene.view_init(15, -70)
     scene.set(xlabel="lateral (mm)", ylabel="inferior (mm)", zlabel="to the base (mm)")
@@ -82,10 +82,13 @@ def arrivals(table: pd.DataFrame) -> Figure:
     ):
         part = table[table["measure"] == measure].set_index(["variant", "policy"])
         for place, key in enumerate(keys):
-            points(ax, 100 * part.loc[[key], ["value", "low", "high"]], "value", [place], ms=5,
-                 color=_looks(*key)["color"])  # fmt: skip
-        ax.set(xlabel=f"arrived within {words} (%)", xlim=(-3, 103))
-    name_lines(axes[0], [_looks(*key)["label"] for key in keys])
+            row = part.loc[key]
+            spread = np.nan_to_num([[row["value"] - row["low"]], [row["high"] - row["value"]]])
+            looks = _looks(*key)
+            ax.errorbar(100 * row["value"], place, xerr=100 * spread.clip(0), fmt="o", ms=5,
+                        color=looks["color"])  # fmt: skip
+        ax.set(xlabel=f"arrived within {words} (%)", xlim=(-3, 103), ylim=(len(keys) - 0.5, -0.5))
+    axes[0].set_yticks(range(len(keys)), [_looks(*key)["label"] for key in keys])
     return fig
 
 
@@ -96,8 +99,9 @@ def by_distance(table: pd.DataFrame) -> Figure:
         part = table[(table["measure"] == measure) & (table["variant"] != "control")]
         for (variant, policy), line in part.groupby(["variant", "policy"], sort=False):
             line = line.sort_values("middle")
+            spread = [line["value"] - line["low"], line["high"] - line["value"]]
             ax.errorbar(line["middle"].astype(float), 100 * line["value"],
-                        yerr=whiskers(line, scale=100), marker=MARKS[policy], ms=4, lw=1,
+                        yerr=100 * np.nan_to_num(spread).clip(0), marker=MARKS[policy], ms=4, lw=1,
                         **_looks(variant, policy))  # fmt: skip
         ax.set(xlabel=f"distance at the start ({unit})", ylim=(-3, 103))
     axes[0].set_ylabel("arrived within 10 mm and 10° (%)")
