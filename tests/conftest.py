@@ -9,8 +9,12 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-# Tiny tensors: a second thread only makes them wait, and much so on a busy machine.
-torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only makes them wait, and much so on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +23,7 @@ def root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_notebook():
     """write(path, parameters, *cells): a notebook with one parameters cell and further cells."""
 
@@ -73,7 +77,10 @@ def page(tmp_path_factory):
         ]),
     ])  # fmt: skip
     book.metadata["papermill"] = {
-        "start_time": "2026-01-01T10:00:00", "end_time": "2026-01-01T10:03:00", "duration": 180.0}
+        "start_time": "2026-01-01T10:00:00",
+        "end_time": "2026-01-01T10:03:00",
+        "duration": 180.0,
+    }
     (folder / "books").mkdir()
     nbformat.write(book, folder / "books" / "04_compare.ipynb")
     return write_page(folder, folder / "books")
