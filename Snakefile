@@ -81,6 +81,8 @@ else:
     DATA_READY = [f"{DATA}.done"]
     if not Path(DATA).is_dir():  # deleted by hand: the mark beside it says nothing any more
         Path(DATA_READY[0]).unlink(missing_ok=True)
+if not SEEDS:
+    raise WorkflowError(f"seeds={config['seeds']}: one training of each kind at least")
 if len(FOLDS) > 1 and not len(FOLDS) <= len(DATA_READY) > 2:
     raise WorkflowError(f"folds={len(FOLDS)} needs data=... with as many scans, three at least")
 
@@ -105,8 +107,10 @@ CODE = hashlib.sha256(b"".join(f.read_bytes() for f in SOURCES)).hexdigest()[:16
 
 
 def runs(step):
-    """The trainings that a notebook reads."""
-    return TRAINED + (CONTROL if step == COMPARED else [])
+    """The trainings that a notebook reads: all, or those of one fold, whose people none has seen."""
+    if step == COMPARED:
+        return TRAINED + CONTROL
+    return [run for run in TRAINED if f"{SPLITS[0]}-seed" in run]
 
 
 def parameters(step, **given):

@@ -5,8 +5,6 @@ wrong place a success. Here both stop the run. `begin` is the first call of ever
 `figures` is what `make figures` calls: Snakemake behind a lock that dies with its holder.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib
@@ -42,6 +40,14 @@ def _assigned(source: str) -> set[str]:
     return {t.id for t in targets if isinstance(t, ast.Name)}
 
 
+def _refuse(given: set[str], known: set[str], who: str) -> None:
+    if unknown := given - known:
+        raise NotebookError(
+            f"unknown parameter {', '.join(sorted(unknown))}; "
+            f"{who} takes {', '.join(sorted(known)) or 'none'}"
+        )
+
+
 def known_parameters(notebook: str | Path) -> set[str]:
     """Names that the notebook's one cell tagged `parameters` defines.
 
@@ -60,26 +66,20 @@ def known_parameters(notebook: str | Path) -> set[str]:
     return _assigned("".join(tagged[0]["source"]))
 
 
-def read_parameters(file: str | Path) -> dict[str, Any]:
-    """Parameters from a YAML file, as `papermill -f` reads it; NotebookError if it holds others."""
-    path = Path(file)
-    if not path.is_file():
-        raise NotebookError(f"{path}: no such parameter file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise NotebookError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise NotebookError(f"{path}: must map parameter names to values")
-    return values
-
-
 def preset_parameters(file: str | Path, notebook: str | Path) -> dict[str, Any]:
     """The part of a preset (one YAML for the whole pipeline) that this notebook takes.
 
-    A name that no notebook beside this one takes is a slip of the pen: NotebookError.
+    A file that maps no names to values is a NotebookError, and so is a name that no notebook
+    beside this one takes: a slip of the pen.
     """
-    values = read_parameters(file)
+    if not Path(file).is_file():
+        raise NotebookError(f"{file}: no such parameter file")
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise NotebookError(f"{file}: is not YAML: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise NotebookError(f"{file}: must map parameter names to values")
     everywhere = {p: known_parameters(p) for p in sorted(Path(notebook).parent.glob("*.ipynb"))}
     strangers = set(values) - set().union(*everywhere.values())
     if strangers:
@@ -107,12 +107,7 @@ def run_notebook(
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
 
-    unknown = set(parameters) - (known := known_parameters(notebook))
-    if unknown:
-        raise NotebookError(
-            f"{notebook}: unknown parameter {', '.join(sorted(unknown))}; "
-            f"it takes {', '.join(sorted(known)) or 'none'}"
-        )
+    _refuse(set(parameters), known_parameters(notebook), str(notebook))
     promised = [Path(cwd, output) for output in outputs]
     before = {path: path.stat().st_mtime_ns for path in promised if path.exists()}
     Path(executed).parent.mkdir(parents=True, exist_ok=True)
@@ -128,17 +123,16 @@ def run_notebook(
         ) from None
     except TimeoutError as error:
         raise NotebookError(f"{notebook}: a cell took over {timeout} s; see {executed}") from error
-    faults = {
-        path: "is missing" if not path.exists()
-        else "is empty" if not path.stat().st_size
-        else "was not written by this run"
-        for path in promised
-        if not path.exists() or not path.stat().st_size
-        or path.stat().st_mtime_ns == before.get(path)
-    }  # fmt: skip
-    if faults:
-        told = "; ".join(f"{path} {fault}" for path, fault in faults.items())
-        raise NotebookError(f"{notebook}: ran to its end, but {told}; see {executed}")
+    for path in promised:
+        if not path.exists():
+            fault = "is missing"
+        elif not path.stat().st_size:
+            fault = "is empty"
+        elif path.stat().st_mtime_ns == before.get(path):
+            fault = "was not written by this run"
+        else:
+            continue
+        raise NotebookError(f"{notebook}: ran to its end, but {path} {fault}; see {executed}")
 
 
 def set_aside(run: str | Path, parameters: Mapping[str, Any]) -> None:
@@ -169,15 +163,10 @@ def begin() -> None:
         os.chdir(here.parent)
     from IPython import get_ipython
 
-    shell = get_ipython()
-    cells: list[str] = list(shell.user_ns.get("In", [])) if shell else []
     known: set[str] = set()
-    for source in cells:
-        if source.startswith(INJECTED) and (unknown := _assigned(source) - known):
-            raise NotebookError(
-                f"unknown parameter {', '.join(sorted(unknown))}; "
-                f"this notebook takes {', '.join(sorted(known)) or 'none'}"
-            )
+    for source in get_ipython().user_ns.get("In", []) if get_ipython() else []:
+        if source.startswith(INJECTED):
+            _refuse(_assigned(source), known, "this notebook")
         known |= _assigned(source)
 
 
@@ -229,10 +218,8 @@ def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
         environment = {**os.environ, OWNER: str(root)}
         if any((root / ".snakemake" / "locks").glob("*")):
             subprocess.run([*snakemake, "--unlock"], env=environment, cwd=root, check=True)
-        child = subprocess.Popen(
-            [*snakemake, "--rerun-incomplete"],
-            env=environment, cwd=root, pass_fds=[lock.fileno()],
-        )  # fmt: skip
+        rerun = [*snakemake, "--rerun-incomplete"]
+        child = subprocess.Popen(rerun, env=environment, cwd=root, pass_fds=[lock.fileno()])
         lock.truncate(0)
         lock.write(str(child.pid))
         lock.flush()
@@ -260,26 +247,18 @@ def main() -> int:
     parser.add_argument("notebook")
     parser.add_argument("--executed", required=True, help="where the executed notebook goes")
     parser.add_argument("--output", action="append", default=[], help="a promised file")
-    parser.add_argument("--preset", help="YAML for the whole pipeline: the notebook's part is used")
-    parser.add_argument("-f", action="append", default=[], metavar="FILE", help="parameters")
-    parser.add_argument("-p", action="append", default=[], nargs=2, metavar=("NAME", "YAML"))
-    parser.add_argument("-y", action="append", default=[], metavar="YAML", help="parameters")
+    parser.add_argument("-y", default="{}", metavar="YAML", help="parameters")
     parser.add_argument(
         "--run", nargs=2, metavar=("FOLDER", "CODE"), help="set aside a run begun otherwise"
     )
     parser.add_argument("--timeout", type=float, help="seconds for each cell")
     given = parser.parse_args()
+    values = yaml.safe_load(given.y)
     try:
-        values = preset_parameters(given.preset, given.notebook) if given.preset else {}
-        for file in given.f:
-            values |= read_parameters(file)
-        for text in given.y:
-            values |= yaml.safe_load(text)
-        values |= {name: yaml.safe_load(text) for name, text in given.p}
         if given.run:
             set_aside(given.run[0], {**values, "code": given.run[1]})
         run_notebook(given.notebook, values, given.executed, given.output, timeout=given.timeout)
-    except NotebookError as error:
+    except (NotebookError, OSError) as error:  # a full disk, too
         print(error, file=sys.stderr)
         return 1
     return 0

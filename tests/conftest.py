@@ -9,8 +9,12 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-# Tiny tensors: a second thread only makes them wait, and much so on a busy machine.
-torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only makes them wait, and much so on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +23,7 @@ def root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_notebook():
     """write(path, parameters, *cells): a notebook with one parameters cell and further cells."""
 
@@ -57,6 +61,9 @@ def page(tmp_path_factory):
         folder / "04_short.csv", index=False
     )
     pd.DataFrame({"k": range(100)}).to_csv(folder / "04_long.csv", index=False)
+    (folder / "medium").mkdir()
+    other = {"claim": ["patch <is> better"], "verdict": ["elsewhere not"], "config": ["medium"]}
+    pd.DataFrame(other).to_csv(folder / "medium" / "04_verdicts.csv", index=False)
     book = nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_markdown_cell("# 04 Compare: which?"),
         nbformat.v4.new_code_cell("1 + 1", outputs=[
@@ -65,8 +72,15 @@ def page(tmp_path_factory):
                 "application/vnd.jupyter.widget-view+json": {}, "text/plain": "spinning"}),
             nbformat.v4.new_output("stream", name="stderr", text="spinning"),
             nbformat.v4.new_output("display_data", {"text/html": "<script>alert()</script>x"}),
+            nbformat.v4.new_output("display_data", {
+                "text/markdown": "- it is **so**", "text/plain": "<Markdown object>"}),
         ]),
     ])  # fmt: skip
+    book.metadata["papermill"] = {
+        "start_time": "2026-01-01T10:00:00",
+        "end_time": "2026-01-01T10:03:00",
+        "duration": 180.0,
+    }
     (folder / "books").mkdir()
     nbformat.write(book, folder / "books" / "04_compare.ipynb")
     return write_page(folder, folder / "books")

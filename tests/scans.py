@@ -1,4 +1,4 @@
-"""Made scans in the published layout, small enough to write in a test."""
+"""Made scans in the published layout, and a model for them, small enough for a test."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,11 @@ import numpy as np
 from PIL import Image
 
 from dreamer import poses
+
+TINY = {  # fields of ModelConfig
+    "backbone": "compact", "image_size": 32, "channels": 16, "width": 4, "d_model": 16,
+    "num_heads": 2, "num_layers": 1, "guidance": [32, 16],
+}  # fmt: skip
 
 
 def write_scan(folder: Path, name: str, count=12, size=32, seed=0, convention="difference") -> Path:

@@ -3,17 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scans import write_scan
+from scans import TINY, write_scan
 from scipy import stats
 
 from dreamer import ablations
 from dreamer.figures import ablations as draw
 from dreamer.model import ModelConfig
 
-TINY = {
-    "backbone": "compact", "image_size": 32, "channels": 16, "width": 4, "d_model": 16,
-    "num_heads": 2, "num_layers": 1, "guidance": [32, 16],
-}  # fmt: skip
 SHORT = {"epochs": 1, "steps_per_epoch": 2, "batch_size": 4, "val": 1, "test": 2}
 OPTIONS = {
     "hierarchy": {"hierarchy": 2},

@@ -35,15 +35,6 @@ class Additive(nn.Module):
         return Dream(features, features, features, features.mean((2, 3)), pose)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def additive():
     return Additive()

@@ -8,26 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scans import TINY
 
 from dreamer import benchmark, cold, costs
 from dreamer.fast import QUERIES, InParts, difference, fast
 from dreamer.figures import benchmark as draw
 from dreamer.model import Attention, CardiacDreamer, ModelConfig
 
-TINY = {
-    "backbone": "compact", "image_size": 32, "channels": 16, "width": 4, "d_model": 16,
-    "num_heads": 2, "num_layers": 1, "guidance": [32, 16],
-}  # fmt: skip
 RESNET = {"image_size": 64, "d_model": 32, "num_heads": 4, "num_layers": 1}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- counts --------------------------------------------------------------------------------------

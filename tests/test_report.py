@@ -7,13 +7,14 @@ import re
 import pandas as pd
 import pytest
 
-from dreamer.report import fill, notebook_html, write_page
+from dreamer.report import fill, notebook_html, steps, write_page
 
 
 def test_page_says_what_the_files_say(page):
     text = page.read_text()
     for word in ("A line &amp; more.", 'alt="a rising line"', "3 patients", "patch &lt;is&gt;",
-                 "04 Compare: which?", "1.235", "04_long.csv", "torch", "commit"):  # fmt: skip
+                 "04 Compare: which?", "1.235", "04_long.csv", "torch", "commit", "config: laptop",
+                 "medium/04_verdicts", "elsewhere not"):  # fmt: skip
         assert word in text, word
     assert "<td>99</td>" not in text
 
@@ -32,6 +33,19 @@ def test_notebook_loses_widgets_and_progress_bars(page):
     title, body = notebook_html(page.parent / "books" / "04_compare.ipynb")
     assert title == "04 Compare: which?"
     assert "two" in body and "spinning" not in body and "alert" not in body
+    assert "it is <strong>so</strong>" in body and "Markdown object" not in body
+
+
+def test_steps_that_run_side_by_side_count_once(page, tmp_path):
+    book = json.loads((page.parent / "books" / "04_compare.ipynb").read_text())
+    for name, start, end in (("01_a", "10:00", "10:03"), ("02_b", "10:02", "10:04"),
+                             ("03_c", "10:10", "10:11")):  # fmt: skip
+        book["metadata"]["papermill"] = {
+            "start_time": f"2026-01-01T{start}:00", "end_time": f"2026-01-01T{end}:00",
+            "duration": 1.0}  # fmt: skip
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(book))
+    assert list(steps(tmp_path)["minutes"]) == [3, 2, 1, 5]
+    assert steps(tmp_path / "none").empty
 
 
 def test_tables_of_a_text_follow_the_files(tmp_path):
@@ -45,6 +59,13 @@ def test_tables_of_a_text_follow_the_files(tmp_path):
     assert "| a | 1.235 | 3 |" in fill(text.replace(": claim, value", ""), tmp_path)
     with pytest.raises(FileNotFoundError):
         fill(text.replace("04", "05"), tmp_path)
+    assert "| b |  |" in fill(text.replace(":", ' where claim == "b":', 1), tmp_path)
+    assert "| a | 1.235 |" not in fill(text.replace(":", ' where claim == "b":', 1), tmp_path)
+    frame.assign(claim="c").to_csv(tmp_path / "05_rows.csv", index=False)
+    both = fill(text.replace("04_rows", "0[45]_rows"), tmp_path)
+    assert "| a | 1.235 |" in both and "| c | 1.235 |" in both
+    later = text.replace("04_rows.csv", "07_rows.csv if there")
+    assert "-->\nNot measured yet.\n<!-- end -->" in fill(later, tmp_path)
     with pytest.raises(KeyError, match="verdict"):
         fill(text.replace("value", "verdict"), tmp_path)
 
@@ -53,9 +74,31 @@ def test_the_readme_says_what_the_pipeline_wrote(root):
     text = (root / "README.md").read_text()
     tables = text.count("<!-- end -->")
     assert tables >= 3 and fill(text, root / "figures") == text
-    # Outside of those blocks the only table of numbers would be one typed in by hand.
-    free = re.sub(r"<!-- [\w/]+\.csv.*?<!-- end -->", "", text, flags=re.S)
+    # Outside of those blocks no table has numbers, and no text any that is in no file.
+    free = re.sub(r"<!-- [^\n]*\.csv.*?<!-- end -->", "", text, flags=re.S)
     assert not [row for row in free.splitlines() if re.match(r"\|.*\d\.\d", row)]
+    free = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", free, flags=re.S)
+    known = numbers("".join(f.read_text() for f in (root / "figures").rglob("*.csv")))
+    known |= numbers((root / "Makefile").read_text())  # the versions of Python
+    assert numbers(free) <= known
+
+
+def numbers(text):
+    """The decimal fractions in a text."""
+    return set(re.findall(r"\d+\.\d+", text))
+
+
+def test_every_number_of_the_page_is_in_a_file(root):
+    folder = root / "figures"
+    text = (folder / "index.html").read_text()
+    shown = text[text.index("<body>") : text.index("How this was made")]
+    shown = html.unescape(re.sub(r"<[^>]*>", " ", shown))
+    known = numbers(shown) & numbers("".join(f.read_text() for f in folder.rglob("*.json")))
+    for file in folder.rglob("*.csv"):
+        known |= numbers(file.read_text())
+        known |= numbers(pd.read_csv(file).to_string(index=False, float_format="%.4g"))
+        known |= numbers(pd.read_csv(file).to_html(index=False, float_format="%.4g"))
+    assert numbers(shown) <= known, numbers(shown) - known
 
 
 def test_caption_without_picture_is_refused(page, tmp_path):

@@ -17,15 +17,6 @@ from dreamer.training import TrainingConfig, make_split
 NAMES = ("left_ventricle", "septum", "mitral_valve", "left_atrium", "lung", "ribs")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def made():
     """One frame of 4 x 4 pixels on a 2 x 2 grid: ventricle, septum above; lung, atrium below."""

@@ -9,10 +9,15 @@ import io
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 COLOURS = {
@@ -49,6 +54,29 @@ def theme() -> None:
     )
 
 
+def whiskers(table: pd.DataFrame, value: str = "value", scale: float = 1.0) -> NDArray:
+    """Arms [2, N] of the intervals `low` to `high` about a column; none where one is unknown."""
+    arms = scale * np.array([table[value] - table["low"], table["high"] - table[value]])
+    return np.nan_to_num(arms).clip(0)
+
+
+def points(ax: Axes, table: pd.DataFrame, value: str, at: ArrayLike, **looks) -> None:
+    """A column's values with their intervals, lying across the lines `at`."""
+    ax.errorbar(table[value], at, xerr=whiskers(table, value), fmt="o", **{"ms": 4, **looks})
+
+
+def name_lines(ax: Axes, names: Iterable[str]) -> None:
+    """One line of the vertical axis for each name, the first on top."""
+    names = list(names)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+
+
+def above(ax: Axes, columns: int = 2) -> None:
+    """The legend above the axis, where it hides nothing."""
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns)
+
+
 def palette(png: bytes) -> bytes:
     """A PNG with at most 256 colours of its own: a third of the bytes, and no eye tells."""
     picture, small = Image.open(io.BytesIO(png)).convert("RGBA"), io.BytesIO()
@@ -59,12 +87,19 @@ def palette(png: bytes) -> bytes:
 
 
 def inside(svg: bytes) -> bytes:
-    """An SVG whose embedded pictures went through `palette`."""
+    """An SVG whose embedded pictures are palettes or, opaque ones, JPEG where that is smaller."""
 
     def smaller(found: re.Match) -> bytes:
-        return found[1] + base64.b64encode(palette(base64.b64decode(found[2])))
+        png, jpeg = palette(base64.b64decode(found[1])), io.BytesIO()
+        picture = Image.open(io.BytesIO(png)).convert("RGBA")
+        if picture.getextrema()[3][0] == 255:
+            picture.convert("RGB").save(jpeg, "JPEG", quality=80)
+        kind, content = b"png", png
+        if 0 < jpeg.tell() < len(png):
+            kind, content = b"jpeg", jpeg.getvalue()
+        return b"data:image/" + kind + b";base64," + base64.b64encode(content)
 
-    return re.sub(rb"(data:image/png;base64,\s*)([A-Za-z0-9+/=\s]+)", smaller, svg)
+    return re.sub(rb"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)", smaller, svg)
 
 
 def save(

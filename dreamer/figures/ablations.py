@@ -1,11 +1,10 @@
 """Figures of the options: what changes against the default, and at what price."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dreamer.figures import COLOURS
+from dreamer.figures import COLOURS, above, name_lines, points
 
 PRICES = {"parameters": "parameters", "flop": "FLOP", "step_ms": "time of a step",
           "peak_mib": "peak memory"}  # fmt: skip
@@ -25,16 +24,14 @@ def changes(table: pd.DataFrame) -> Figure:
         ax.axvspan(-margin, margin, color=COLOURS["truth"], alpha=0.12)
         ax.axvline(0, color=COLOURS["neutral"], lw=0.8)
         for number, (base, own) in enumerate(part.groupby("base", sort=False)):
-            for row in own.itertuples():
-                at = options.index(row.option) + (number - 0.5) * 0.25
-                spread = [[row.estimate - row.low], [row.high - row.estimate]]
-                fill = COLOURS[base] if row.p_holm < 0.05 else "white"
-                label = base if row.Index == own.index[0] else None
-                ax.errorbar(row.estimate, at, xerr=spread, fmt="o", ms=5, mfc=fill, lw=1.2,
-                            color=COLOURS[base], label=label)  # fmt: skip
-        ax.set(xlabel=f"change in {measure} error ({unit})", ylim=(len(options) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(options)), options)
-    axes[1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
+            for shown, rows in own.groupby(own["p_holm"] < 0.05):
+                at = [options.index(o) + (number - 0.5) * 0.25 for o in rows["option"]]
+                points(ax, rows, "estimate", at, ms=5, lw=1.2, color=COLOURS[base],
+                       mfc=COLOURS[base] if shown else "white")  # fmt: skip
+            ax.plot([], [], "o", color=COLOURS[base], label=base)
+        ax.set(xlabel=f"change in {measure} error ({unit})")
+    name_lines(axes[0], options)
+    above(axes[1])
     return fig
 
 
@@ -48,10 +45,10 @@ def prices(table: pd.DataFrame) -> Figure:
     fig, axes = plt.subplots(1, 4, figsize=(10, 1.2 + 0.3 * len(options)), sharey=True)
     for ax, (name, words) in zip(axes, PRICES.items(), strict=True):
         for number, (base, own) in enumerate(table.groupby("base", sort=False)):
-            at = np.array([options.index(o) for o in own["option"]]) + (number - 0.5) * 0.25
+            at = [options.index(o) + (number - 0.5) * 0.25 for o in own["option"]]
             ax.plot(own[f"{name}_ratio"], at, "o", ms=5, color=COLOURS[base], label=base)
         ax.axvline(1, color=COLOURS["neutral"], lw=0.8)
-        ax.set(xlabel=f"{words} over default's", ylim=(len(options) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(options)), options)
-    axes[-1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
+        ax.set(xlabel=f"{words} over default's")
+    name_lines(axes[0], options)
+    above(axes[-1])
     return fig

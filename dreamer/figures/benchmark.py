@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dreamer.costs import BATCH, CLAIMED, FRESH, MIRRORED, PARTS, VARIANTS, crossing
-from dreamer.figures import COLOURS
+from dreamer.figures import COLOURS, above, whiskers
 
 STYLES = {"plain": "-", "fast": "--", "compiled": ":"}
 SHADES = ("#4d4d4d", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#cccccc")  # parts, rest
@@ -23,10 +23,6 @@ def _rows(results: pd.DataFrame, measure: str, **where: Any) -> pd.DataFrame:
     for column, value in where.items():
         rows = rows[rows[column] == value]
     return rows
-
-
-def _whiskers(rows: pd.DataFrame, scale: float = 1.0) -> np.ndarray:
-    return scale * np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])
 
 
 def cold_and_warm(results: pd.DataFrame) -> Figure:
@@ -41,7 +37,7 @@ def cold_and_warm(results: pd.DataFrame) -> Figure:
     places, tops = np.arange(len(names)), np.zeros(len(names))
     for shift, variant in zip((-0.2, 0.2), VARIANTS, strict=True):
         own = rows[rows["variant"] == variant].set_index("protocol").loc[list(names)]
-        ax.barh(places + shift, own["value"], 0.38, xerr=_whiskers(own), color=COLOURS[variant],
+        ax.barh(places + shift, own["value"], 0.38, xerr=whiskers(own), color=COLOURS[variant],
                 label=f"{variant} tokens", error_kw={"lw": 1})  # fmt: skip
         tops = np.maximum(tops, own["high"])
     for place, (name, top) in enumerate(zip(names, tops, strict=True)):
@@ -51,7 +47,7 @@ def cold_and_warm(results: pd.DataFrame) -> Figure:
     ax.set_xlim(0, 1.4 * max(tops))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    above(ax)
     return fig
 
 
@@ -66,7 +62,7 @@ def against_batch(results: pd.DataFrame) -> Figure:
             continue
         look = {"color": COLOURS[variant], "ls": STYLES[path], "marker": "o", "ms": 4,
                 "label": f"{variant}, {path} {dtype}"}  # fmt: skip
-        axes[0].errorbar(own["batch"], own["value"], _whiskers(own), **look)
+        axes[0].errorbar(own["batch"], own["value"], whiskers(own), **look)
         axes[1].plot(own["batch"], own["batch"] / own["value"], **look)
     axes[0].set(ylabel="time of a forward pass (s)", yscale="log")
     axes[1].set(ylabel="frames per second", yscale="log")
@@ -86,8 +82,9 @@ def share(results: pd.DataFrame) -> Figure:
     ways = list(dict.fromkeys(zip(rows["path"], rows["dtype"], strict=True)))
     for shift, variant in zip((-0.2, 0.2), VARIANTS, strict=True):
         own = rows[rows["variant"] == variant].set_index(["path", "dtype"]).loc[ways]
-        ax.barh(np.arange(len(ways)) + shift, 100 * own["value"], 0.38, xerr=_whiskers(own, 100),
-                color=COLOURS[variant], label=f"{variant} tokens", error_kw={"lw": 1})  # fmt: skip
+        ax.barh(np.arange(len(ways)) + shift, 100 * own["value"], 0.38, color=COLOURS[variant],
+                xerr=whiskers(own, scale=100), label=f"{variant} tokens",
+                error_kw={"lw": 1})  # fmt: skip
     labels = [f"{p} {d}\n(limit {limit[d] / 1e9:,.0f} GFLOP/s)" for p, d in ways]
     ax.axvline(100, color=COLOURS["neutral"], lw=1)
     ax.set(yticks=range(len(ways)), yticklabels=labels,
@@ -124,8 +121,8 @@ def _crossed(ax: Axes, results: pd.DataFrame, measure: str, unit: str, per: floa
     for variant in VARIANTS:
         own = rows[rows["variant"] == variant]
         lines[variant] = own["value"].to_numpy()
-        ax.errorbar(own["image"], own["value"] / per, _whiskers(own, 1 / per), marker="o", ms=4,
-                    color=COLOURS[variant], label=f"{variant} tokens")  # fmt: skip
+        ax.errorbar(own["image"], own["value"] / per, whiskers(own, scale=1 / per), marker="o",
+                    ms=4, color=COLOURS[variant], label=f"{variant} tokens")  # fmt: skip
     sizes = rows["image"].unique()
     backbone = _rows(results, measure, part="backbone").sort_values("image")
     ax.plot(backbone["image"], backbone["value"] / per, color=COLOURS["neutral"], ls="--",
@@ -189,7 +186,7 @@ def machines(results: pd.DataFrame) -> Figure:
     for protocol, (mark, label) in marks.items():
         own = rows[rows["protocol"] == protocol].drop_duplicates("machine", keep="last")
         axes[0].errorbar(100 * own["value"], [names.index(m) for m in own["machine"]],
-                         xerr=_whiskers(own, 100), fmt=mark, color=COLOURS["neutral"],
+                         xerr=whiskers(own, scale=100), fmt=mark, color=COLOURS["neutral"],
                          mfc="none" if mark == "s" else None, label=label)  # fmt: skip
     axes[0].axvline(95.7, color="black", lw=1, ls=":", label="published")
     axes[0].set(xlabel="patch tokens faster by (%)", yticks=range(len(names)), yticklabels=names)
@@ -197,7 +194,7 @@ def machines(results: pd.DataFrame) -> Figure:
     for variant in VARIANTS:
         own = gain[gain["variant"] == variant].drop_duplicates("machine", keep="last")
         axes[1].errorbar(own["value"], [names.index(m) for m in own["machine"]],
-                         xerr=_whiskers(own), fmt="o", color=COLOURS[variant],
+                         xerr=whiskers(own), fmt="o", color=COLOURS[variant],
                          label=f"{variant} tokens")  # fmt: skip
     axes[1].set(xlabel="fast path / plain fp32 (times as fast)", xlim=(0, None))
     for ax in axes:

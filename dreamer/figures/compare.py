@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dreamer.figures import COLOURS
+from dreamer.figures import COLOURS, above, name_lines, points
 
 AGAINST = {
     "epoch": "epochs",
@@ -46,15 +46,13 @@ def differences(table: pd.DataFrame) -> Figure:
     """
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 2.6))
     for ax, (unit, part) in zip(axes, table.groupby("unit", sort=False), strict=True):
-        at = np.arange(len(part))
         margin = part["margin"].iloc[0]
         ax.axvspan(-margin, margin, color=COLOURS["truth"], alpha=0.12, label="equivalent")
-        spread = [part["estimate"] - part["low"], part["high"] - part["estimate"]]
-        ax.errorbar(part["estimate"], at, xerr=spread, fmt="o", ms=4, color="k")
+        points(ax, part, "estimate", range(len(part)), color="k")
         ax.axvline(0, color=COLOURS["neutral"], lw=0.8)
-        ax.set_yticks(at, part["measure"])
-        ax.set(xlabel=f"error of patch minus channel ({unit})", ylim=(len(part) - 0.5, -0.5))
-    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+        name_lines(ax, part["measure"])
+        ax.set(xlabel=f"error of patch minus channel ({unit})")
+    above(axes[0])
     return fig
 
 
@@ -90,10 +88,8 @@ def imagination(table: pd.DataFrame) -> Figure:
         for number, (name, own) in enumerate(table.groupby("predictor", sort=False)):
             part = own[own["measure"] == measure].set_index("way").reindex(WAYS)
             at = np.arange(len(WAYS)) + (number - 0.5) * 0.2
-            spread = [part["value"] - part["low"], part["high"] - part["value"]]
-            ax.errorbar(part["value"], at, xerr=spread, fmt="o", ms=4, color=COLOURS[name],
-                        label=name)  # fmt: skip
-        ax.set(xlabel=f"{measure}, {words}", xlim=(0, None), ylim=(len(WAYS) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(WAYS)), WAYS)
-    axes[1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
+            points(ax, part, "value", at, color=COLOURS[name], label=name)
+        ax.set(xlabel=f"{measure}, {words}", xlim=(0, None))
+    name_lines(axes[0], WAYS)
+    above(axes[1])
     return fig

@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dreamer.figures import COLOURS
+from dreamer.figures import COLOURS, above, name_lines, points
 from dreamer.poses import AXES, UNITS
 
 PARTS = {"train": COLOURS["patch"], "val": "#E69F00", "test": COLOURS["truth"]}
@@ -39,8 +39,8 @@ def trajectory(pose: NDArray, axes: Sequence[Axes], label: str | None = None, **
 
 def path(position: NDArray, ax: Axes, surfaces: Mapping[str, NDArray] | None = None) -> None:
     """Probe positions [N, 3] in 3-D (mm), start to target, in front of point clouds [K, 3]."""
-    for name, points in (surfaces or {}).items():
-        ax.scatter(*points.T, s=2, alpha=0.3, label=name.replace("_", " "), rasterized=True)
+    for name, cloud in (surfaces or {}).items():
+        ax.scatter(*cloud.T, s=2, alpha=0.3, label=name.replace("_", " "), rasterized=True)
     order = np.arange(len(position))
     ax.plot(*position.T, color=COLOURS["neutral"], lw=0.8, label="probe")
     ax.scatter(*position.T, c=order, cmap="viridis", s=10, depthshade=False)
@@ -86,9 +86,8 @@ def brightness(shares: Mapping[str, NDArray], ax: Axes) -> None:
     """Histogram of the frames' mean grey level, one curve per data set."""
     bins = np.linspace(0, 80, 41)
     for name, mean in shares.items():
-        ax.hist(
-            mean, bins, weights=np.full(len(mean), 100 / len(mean)), histtype="step", label=name
-        )
+        share = np.full(len(mean), 100 / len(mean))
+        ax.hist(mean, bins, weights=share, histtype="step", label=name)
     ax.set(xlabel="mean grey level of a frame (0 to 255)", ylabel="frames (%)")
     ax.legend()
 
@@ -110,12 +109,11 @@ def leak(ratio: pd.DataFrame, ax: Axes) -> None:
     for number, kind in enumerate(kinds):
         part = ratio[ratio["motion"] == kind].reset_index()
         at = np.arange(len(part)) + (number - (len(kinds) - 1) / 2) * 0.2
-        spread = np.abs(part[["low", "high"]].to_numpy().T - part["ratio"].to_numpy())
-        ax.errorbar(part["ratio"], at, xerr=spread, fmt="o", ms=4, label=kind)
-    ax.set_yticks(range(len(part)), part["measure"])
+        points(ax, part, "ratio", at, label=kind)
+    name_lines(ax, part["measure"])
     ax.axvline(1, color=COLOURS["neutral"], lw=1)
-    ax.set(xlabel="error of the action alone / error of a constant", ylim=(len(part) - 0.5, -0.5))
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=len(kinds))
+    ax.set_xlabel("error of the action alone / error of a constant")
+    above(ax, len(kinds))
 
 
 def labels(image: NDArray, label: NDArray, names: Sequence[str]) -> Figure:

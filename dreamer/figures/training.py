@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from dreamer.figures import COLOURS
+from dreamer.figures import COLOURS, above, name_lines, points
 from dreamer.poses import AXES, UNITS
 
 
@@ -17,10 +17,7 @@ def curves(table: pd.DataFrame, name: str = "") -> Figure:
     fig, axes = plt.subplots(1, 3, figsize=(9, 2.7))
     colour = COLOURS.get(name, COLOURS["neutral"])
     for part, style in (("train", ":"), ("val", "-")):
-        if part == "train":
-            pose = table["train_composed"] + table["train_imagined"]
-        else:
-            pose = table["val_composed"] + table["val_imagined"]
+        pose = table[f"{part}_composed"] + table[f"{part}_imagined"]
         axes[0].plot(table["epoch"], pose, style, color=colour, label=part)
     axes[0].set(ylabel="pose loss", xlabel="epoch")
     axes[0].legend()
@@ -56,16 +53,8 @@ def predicted(table: pd.DataFrame, constant: pd.DataFrame, name: str) -> Figure:
         true, said = table[f"true_{axis}"], table[f"predicted_{axis}"]
         ends = [min(true.min(), said.min()), max(true.max(), said.max())]
         ax.plot(ends, ends, color=COLOURS["truth"], lw=1, label="exact")
-        ax.scatter(
-            true,
-            said,
-            s=5,
-            alpha=0.35,
-            lw=0,
-            rasterized=True,
-            color=COLOURS.get(name, "k"),
-            label=name,
-        )
+        ax.scatter(true, said, s=5, alpha=0.35, lw=0, rasterized=True, label=name,
+                   color=COLOURS.get(name, "k"))  # fmt: skip
         mean = constant[f"predicted_{axis}"].iloc[0]
         miss = (constant[f"true_{axis}"] - mean).abs().mean()
         ax.errorbar(true.mean(), mean, yerr=miss, fmt="s", ms=4, capsize=4,
@@ -88,13 +77,11 @@ def accuracy(table: pd.DataFrame) -> Figure:
     for number, name in enumerate(names):
         part = table[table["predictor"] == name].set_index("measure").loc[base.index]
         at = np.arange(len(part)) + (number - (len(names) - 1) / 2) * 0.2
-        ratio = part["error"] / base
-        spread = [(part["error"] - part["low"]) / base, (part["high"] - part["error"]) / base]
         colour = COLOURS.get(name.split()[0], COLOURS["neutral"])
-        ax.errorbar(ratio, at, xerr=spread, fmt="o", ms=4, color=colour, label=name)
-    ax.set_yticks(range(len(base)), base.index)
+        ratio = part[["error", "low", "high"]].div(base, axis=0)
+        points(ax, ratio, "error", at, color=colour, label=name)
+    name_lines(ax, base.index)
     ax.axvline(1, color=COLOURS["constant"], lw=1)
-    ax.set(xlabel="error / error of the constant predictor", xlim=(0, None),
-           ylim=(len(base) - 0.5, -0.5))  # fmt: skip
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=len(names))
+    ax.set(xlabel="error / error of the constant predictor", xlim=(0, None))
+    above(ax, len(names))
     return fig
