@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -236,30 +237,24 @@ class Explorer:
         if self.quiet:
             return
         start, key = time.perf_counter(), self._key()
-        views, rows = [("frame", None, poses.remaining(self.pose))], [("true", self.pose, "")]
+        todo = poses.remaining(self.pose)
+        views = [("frame", None, todo)]
+        rows = {"true": [*self.pose.tolist(), "", say(todo)]}
         for variant, (run, _) in self.models.items():
             _, said = self._answer(variant, run, key)
-            grid = self._map(variant, run, key, self.shown.value)
+            grid, todo = self._map(variant, run, key, self.shown.value), poses.remaining(said)
+            title = variant if grid is None else f"{variant}: {self.shown.value}"
+            views.append((title, grid, todo))
             error = poses.errors(said, self.pose)
-            off = f"{error.translation:.1f} mm, {error.rotation:.1f}° off"
-            views.append((f"{variant}: {self.shown.value}", grid, poses.remaining(said)))
-            rows.append((variant, said, off))
+            off = f"{error.translation:.1f} mm, {error.rotation:.1f}°"
+            rows[variant] = [*said.tolist(), off, say(todo)]
         self.picture.value = panels(self._frame(*key), views)
         self.times.append(1000 * (time.perf_counter() - start))
-        self.text.value = self._table(rows)
-
-    def _table(self, rows: Sequence[tuple[str, Tensor, str]]) -> str:
-        head = "".join(f"<th>{a} ({u})</th>" for a, u in zip(poses.AXES, poses.UNITS, strict=True))
-        body = "".join(
-            f"<tr><th>{name}</th>{''.join(f'<td>{v:.1f}</td>' for v in pose.tolist())}"
-            f"<td>{off}</td><td>{say(poses.remaining(pose))}</td></tr>"
-            for name, pose, off in rows
-        )
         notes = [f"no run at {html.escape(str(run))}" for run in self.missing]
         if self.models and self.target != self.trained_on:
             notes.append(f"the runs know the {TARGETS[self.trained_on]} plane alone")
         notes.append(f"redrawn in {self.times[-1]:.0f} ms")
-        return (
-            f"<table style='border-spacing: 8px 2px'><tr><th>pose</th>{head}<th>error</th>"
-            f"<th>to the plane</th></tr>{body}</table><p>{'; '.join(notes)}</p>"
-        )
+        heads = [f"{axis} ({unit})" for axis, unit in zip(poses.AXES, poses.UNITS, strict=True)]
+        table = pd.DataFrame.from_dict(rows, "index", columns=[*heads, "off by", "to the plane"])
+        table = table.to_html(float_format="{:.1f}".format, border=0)
+        self.text.value = f"{table}<p>{'; '.join(notes)}</p>"

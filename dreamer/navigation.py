@@ -149,17 +149,19 @@ class Probes:
         depth = self.config.breath_mm * torch.sin(np.pi * breath) ** 4
         return torch.cat((self.pose[:, :3] + self.sway * depth[:, None], self.pose[:, 3:]), 1)
 
-    def frames(self) -> Tensor:
-        """What the probes show, uint8 [B, 1, S, S]. Probes on one patient are drawn together."""
-        image = torch.empty(len(self.pose), 1, self.size, self.size, dtype=torch.uint8)
+    def frames(self, wanted: Tensor | None = None) -> Tensor:
+        """What the probes show, uint8 [B, 1, S, S]; black where not `wanted` (bool [B], all).
+
+        Probes on one patient are drawn together.
+        """
+        image = torch.zeros(len(self.pose), 1, self.size, self.size, dtype=torch.uint8)
         seen, phase = self.seen(), self.phase
-        owners = torch.tensor([id(p) for p in self.patients])
-        for owner in owners.unique():
-            rows = torch.nonzero(owners == owner)[:, 0]
-            patient = self.patients[int(rows[0])]
-            image[rows, 0] = render(
-                patient, seen[rows], phase[rows], target=self.target, size=self.size
-            ).image
+        owner = np.array([id(patient) for patient in self.patients])
+        owner = owner if wanted is None else np.where(wanted, owner, 0)
+        for own in set(owner) - {0}:
+            rows = torch.from_numpy(np.flatnonzero(owner == own))
+            image[rows, 0] = render(self.patients[int(rows[0])], seen[rows], phase[rows],
+                                    target=self.target, size=self.size).image  # fmt: skip
         return image
 
     def contact(self) -> Tensor:

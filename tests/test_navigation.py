@@ -191,10 +191,11 @@ def test_oracle_arrives_controls_do_not():
     config = NavigationConfig(breath_mm=1)
     model = CardiacDreamer(TINY)
     dealt = arrivals.starts(PEOPLE, 24, config, 0)
-    found = {}
-    for name in ("oracle", "stay", "random"):
-        table = arrivals.search(arrivals.policy(name, model, config), dealt, config, size=32)
-        found[name] = arrivals.score(table.assign(run="r", variant="v", policy=name, target="a4c"))
+    names = ("oracle", "stay", "random")
+    policies = {name: arrivals.policy(name, model, config) for name in names}
+    table = arrivals.search(policies, dealt, config, size=32)
+    scores = arrivals.score(table.assign(run="r", variant="v", target="a4c"))
+    found = dict(list(scores.groupby("policy")))
     assert found["oracle"]["arrived_5"].mean() == 1
     assert found["stay"]["arrived_10"].mean() <= 0.1 and found["random"]["arrived_10"].mean() <= 0.1
     assert (found["oracle"]["detour"] >= 0.5).all()
