@@ -304,61 +304,69 @@ class Follow:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, pose: Tensor | None = None) -> Tensor:
-        said = self.model(image.float() / 255, torch.zeros(len(image), 6)).pose
-        self.past = [*self.past, poses.to_matrix(said.double())][-self.window :]
+        features = self.model.encode(image.float() / 255)
+        said = self.imagine(features, torch.zeros(len(image), 1, 6))[:, 0]
+        self.past = [*self.past, poses.to_matrix(said)][-self.window :]
         mean = torch.stack(self.past).mean(0)
         mean[:, :3, :3] = roma.special_procrustes(mean[:, :3, :3])
         self.estimate = poses.from_matrix(mean)
-        ask = poses.remaining(self.estimate)
-        ask = limited(ask, self.config.limit_mm, self.config.limit_deg)
+        ask = self.limited(self.choose(features, poses.remaining(self.estimate)))
         step = poses.to_matrix(ask)
         self.past = [matrix @ step for matrix in self.past]
         return ask
 
+    def imagine(self, features: Tensor, motion: Tensor) -> Tensor:
+        """Poses [B, N, 6] that the model sees after motions [B, N, 6] from maps [B, C, h, w]."""
+        rows = features.repeat_interleave(motion.shape[1], 0)
+        said = self.model.imagine(rows, motion.flatten(0, 1).float()).pose
+        return said.double().view(motion.shape)
 
-class Plan:
+    def limited(self, motion: Tensor) -> Tensor:
+        return limited(motion, self.config.limit_mm, self.config.limit_deg)
+
+    def choose(self, features: Tensor, guided: Tensor) -> Tensor:
+        """The motion [B, 6] to ask for, `guided` being the one to the plane."""
+        return guided
+
+
+class Plan(Follow):
     """Plan one step with the world model: the motion whose imagined view is nearest the plane.
 
-    Cross-entropy method: `rounds` of `candidates` motions within a hand's limits, a normal
-    distribution fitted to the `elites` whose imagined pose is nearest (mm and degrees over their
-    limits, squared); at last the nearest of all is made. Every probe sees the same draws, so that
-    one's answer does not depend on the others. ValueError for a model without a world model.
+    Cross-entropy method about the guided step, within half the spread of the motions that the world
+    model was trained on: `rounds` of `candidates`, a normal distribution fitted to the `elites` of
+    least cost, whose mean is made (the best alone would be the luckiest). Cost: how far (mm and
+    degrees over a hand's limits, squared) the imagined pose lies from the plane, and from where the
+    motion leads by geometry: imagination is trusted as far as the two agree. Every probe sees the
+    same draws. ValueError for a model without a world model.
     """
 
-    sees = True
-
-    def __init__(self, model: CardiacDreamer, config: NavigationConfig, candidates: int = 16,
-                 elites: int = 4, rounds: int = 2, seed: int = 0):  # fmt: skip
+    def __init__(self, model: CardiacDreamer, config: NavigationConfig, candidates: int = 8,
+                 elites: int = 3, rounds: int = 2, window: int = 1, seed: int = 0):  # fmt: skip
+        super().__init__(model, config, window)
         if model.world is None:
             raise ValueError("token_type none has no world model to plan with")
         if not 1 < elites <= candidates or rounds < 1:
             raise ValueError(f"1 < elites <= candidates, rounds >= 1; got {elites}, {candidates}")
-        self.model, self.config, self.seed = model, config, seed
-        self.candidates, self.elites, self.rounds = candidates, elites, rounds
+        self.candidates, self.elites, self.rounds, self.seed = candidates, elites, rounds, seed
 
     def reset(self, draws: Sequence[np.random.Generator]) -> None:
+        super().reset(draws)
         self.generator = torch.Generator().manual_seed(self.seed)
 
-    def cost(self, features: Tensor, motion: Tensor) -> Tensor:
-        """How far [B, N] from the plane the views after motions [B, N, 6] are imagined to be."""
-        b, n, _ = motion.shape
-        rows = features.repeat_interleave(n, 0).split(1024)
-        said = [
-            self.model.imagine(f, a).pose
-            for f, a in zip(rows, motion.reshape(b * n, 6).float().split(1024), strict=True)
-        ]
-        mm, deg = away(torch.cat(said))
-        return ((mm / self.config.limit_mm) ** 2 + (deg / self.config.limit_deg) ** 2).view(b, n)
+    def cost(self, pose: Tensor) -> Tensor:
+        mm, deg = away(pose)
+        return (mm / self.config.limit_mm) ** 2 + (deg / self.config.limit_deg) ** 2
 
-    @torch.no_grad()
-    def __call__(self, image: Tensor, pose: Tensor | None = None) -> Tensor:
-        features, config = self.model.encode(image.float() / 255), self.config
-        reach = torch.tensor([config.limit_mm] * 3 + [config.limit_deg] * 3, dtype=torch.float64)
-        mean, spread = torch.zeros(len(image), 1, 6).double(), reach / 2
+    def choose(self, features: Tensor, guided: Tensor) -> Tensor:
+        mean = self.limited(guided)[:, None]
+        spread = torch.from_numpy(trajectories.STEP / 2)
         for _ in range(self.rounds):
             draw = torch.randn(self.candidates, 6, generator=self.generator, dtype=torch.float64)
-            tried = limited(mean + spread * draw, config.limit_mm, config.limit_deg)
-            order = self.cost(features, tried).argsort(1)[:, : self.elites, None].expand(-1, -1, 6)
-            best = tried.gather(1, order)
-            mean, spread = best.mean(1, keepdim=True), best.std(1, keepdim=True)
-        return best[:, 0]
+            tried = self.limited(mean + spread * draw)
+            imagined = self.imagine(features, tried)
+            led = poses.compose(self.estimate[:, None].expand_as(tried), tried)
+            cost = self.cost(imagined) + self.cost(poses.relative(led, imagined))
+            order = cost.argsort(1)[:, : self.elites, None].expand(-1, -1, 6)
+            chosen = tried.gather(1, order)
+            mean, spread = chosen.mean(1, keepdim=True), chosen.std(1, keepdim=True)
+        return mean[:, 0]
