@@ -100,7 +100,7 @@ def products(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Call, 
     for side in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         found[f"{side}"] = (lambda a=a, out=out: torch.mm(a, a, out=out)), 2.0 * side**3
-    if packs(device):  # oneDNN in its own order can be faster than the BLAS behind torch.mm
+    if packs(device, dtype):  # oneDNN in its own order can be faster than the BLAS behind torch.mm
         layer, x = Packed(nn.Linear(1024, 1024), dtype), torch.randn(2048, 1024).to(dtype)
         found["packed"] = (lambda: layer(x)), 2.0 * 2048 * 1024**2
     return found
