@@ -28,14 +28,13 @@ from torch import Tensor, nn
 from torch.utils.benchmark import timer as clock
 
 from dreamer import cold
-from dreamer.cold import DTYPES, build, stepper
+from dreamer.cold import DTYPES
 from dreamer.costs import (
     BATCH,
     CLAIMED,
     COLUMNS,
     FRESH,
     MIRRORED,
-    VARIANTS,
     Rows,
     configs,
     flops,
@@ -44,16 +43,14 @@ from dreamer.costs import (
     row,
 )
 from dreamer.fast import Packed, difference, fast, packs
-from dreamer.model import Backbone, CardiacDreamer, ModelConfig, WorldModel
+from dreamer.model import CardiacDreamer, ModelConfig, WorldModel
 from dreamer.training import has_bf16, versions, write_whole
 
 log = logging.getLogger(__name__)
 
-PASSES = {  # protocol: what runs in each fresh process, and which clock of cold.single counts
-    CLAIMED: ([("channel", "patch")], "clock"),
-    MIRRORED: ([("patch", "channel")], "clock"),
-    FRESH: ([("channel",), ("patch",)], "waited"),
-}
+ORDERS = {CLAIMED: ("channel", "patch"), MIRRORED: ("patch", "channel")}
+LAYERS = 2  # of the blocks, all alike, that are compared with PyTorch's
+ENOUGH = 40.0  # seconds of rounds at the claim's batch after which no further one begins
 Call = Callable[[], Any]
 
 
@@ -78,19 +75,22 @@ def choose(device: str, dtypes: Iterable[str]) -> tuple[torch.device, list[str]]
 # ---- warm: all in turn ---------------------------------------------------------------------------
 
 
-def warm(calls: Mapping[Any, Call], repeats: int, least: float = 0.02) -> dict[Any, NDArray]:
-    """Seconds of each call in `repeats` rounds, all calls in turn within a round.
+def warm(
+    calls: Mapping[Any, Call], repeats: int, least: float = 0.1, enough: float = math.inf
+) -> dict[Any, NDArray]:
+    """Seconds of each call in `repeats` rounds, all calls in turn within a round; no further round
+    begins after `enough` seconds.
 
     The clock is torch.utils.benchmark's, which waits for the device; a call shorter than `least`
-    seconds is repeated within its turn. Two unmeasured rounds warm everything up.
+    seconds is repeated within its turn. An unmeasured round warms everything up.
     """
     timers = {key: timeit.Timer(call, timer=clock) for key, call in calls.items()}
-    for timer in timers.values():
-        timer.timeit(1)
-    number = {k: max(1, math.ceil(least / max(t.timeit(1), 1e-6))) for k, t in timers.items()}
-    rounds = [
-        {k: t.timeit(number[k]) / number[k] for k, t in timers.items()} for _ in range(repeats)
-    ]
+    last = {key: timer.timeit(1) for key, timer in timers.items()}
+    rounds, begun = [], clock()
+    while len(rounds) < repeats and (not rounds or clock() - begun < enough):
+        number = {key: max(1, math.ceil(least / max(last[key], 1e-6))) for key in timers}
+        last = {key: timer.timeit(number[key]) / number[key] for key, timer in timers.items()}
+        rounds.append(last)
     return {key: np.array([r[key] for r in rounds]) for key in calls}
 
 
@@ -100,20 +100,20 @@ def products(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Call, 
     for side in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         found[f"{side}"] = (lambda a=a, out=out: torch.mm(a, a, out=out)), 2.0 * side**3
-    if packs(device):  # oneDNN in its own order can be faster than the BLAS behind torch.mm
+    if packs(device, dtype):  # oneDNN in its own order can be faster than the BLAS behind torch.mm
         layer, x = Packed(nn.Linear(1024, 1024), dtype), torch.randn(2048, 1024).to(dtype)
         found["packed"] = (lambda: layer(x)), 2.0 * 2048 * 1024**2
     return found
 
 
-def encoder(world: WorldModel, config: ModelConfig) -> nn.TransformerEncoder:
-    """PyTorch's own encoder with the weights of `world`'s blocks: the yardstick."""
+def encoder(blocks: Sequence[nn.Module], config: ModelConfig) -> nn.TransformerEncoder:
+    """PyTorch's own encoder with the weights of `blocks`: the yardstick."""
     layer = nn.TransformerEncoderLayer(
         config.d_model, config.num_heads, config.feedforward * config.d_model, config.dropout,
         activation="gelu", batch_first=True, norm_first=config.norm_first,
     )  # fmt: skip
-    reference = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False).eval()
-    for theirs, ours in zip(reference.layers, world.blocks, strict=True):
+    reference = nn.TransformerEncoder(layer, len(blocks), enable_nested_tensor=False).eval()
+    for theirs, ours in zip(reference.layers, blocks, strict=True):
         theirs.self_attn.in_proj_weight = ours.attention.qkv.weight
         theirs.self_attn.in_proj_bias = ours.attention.qkv.bias
         theirs.self_attn.out_proj.load_state_dict(ours.attention.out.state_dict())
@@ -145,12 +145,12 @@ def paths(models: Mapping[str, nn.Module], dtypes: Sequence[str], compiled: bool
 
 @torch.no_grad()
 def latency(ways: Paths, batches: Sequence[int], repeats: int) -> Rows:
-    """Forward passes, warm, of all `ways` (see `paths`) at the claim's batch, plain fp32 and the
-    last of them at other `batches` (from 16 on, three rounds at most).
+    """Forward passes, warm, of all `ways` (see `paths`) at the claim's batch, the last of them at
+    other `batches`, plain fp32 at smaller ones and on a GPU at all.
 
     At the claim's batch the machine's limit and PyTorch's encoder take their turns too. Rows:
     `latency`; from the times within a round `reduction` (1 - patch / channel), `speedup` (plain /
-    path), `overhead` (our blocks / PyTorch's encoder); `share` of `limit`.
+    path), `overhead` (our first `LAYERS` blocks / PyTorch's encoder); `share` of `limit`.
     """
     models, last = ways["plain", "float32"], list(ways)[-1]
     config = {v: m.config for v, m in models.items()}
@@ -159,7 +159,8 @@ def latency(ways: Paths, batches: Sequence[int], repeats: int) -> Rows:
         calls: dict[tuple, Call] = {}
         amount: dict[tuple, float] = {}
         for way, variants in ways.items():
-            if batch != BATCH and way not in (("plain", "float32"), last):
+            plain = way == ("plain", "float32") and (batch < BATCH or device.type == "cuda")
+            if batch != BATCH and way != last and not plain:
                 continue
             for variant, model in variants.items():
                 key, given = (variant, *way), inputs(config[variant], batch, device)
@@ -168,13 +169,14 @@ def latency(ways: Paths, batches: Sequence[int], repeats: int) -> Rows:
         for variant, model in models.items() if batch == BATCH else ():
             shape = (batch, 1 + config[variant].tokens, config[variant].d_model)
             tokens = torch.randn(shape, device=device)
-            library, blocks = encoder(model.world, config[variant]), model.world.blocks
+            blocks = model.world.blocks[:LAYERS]
+            library = encoder(blocks, config[variant])
             calls[variant, "blocks", "float32"] = lambda b=blocks, t=tokens: through(b, t)
             calls[variant, "encoder", "float32"] = lambda e=library, t=tokens: e(t)
         for name in dict.fromkeys(dtype for _, dtype in ways) if batch == BATCH else ():
             for size, (call, work) in products(DTYPES[name], device).items():
                 calls[size, "limit", name], amount[size, "limit", name] = call, work
-        seconds = warm(calls, repeats if batch < 16 else min(repeats, 3))
+        seconds = warm(calls, repeats, enough=ENOUGH if batch == BATCH else ENOUGH / 4)
         where = {"batch": batch, "image": config["patch"].image_size, "protocol": "warm"}
         rows += _compared(seconds, amount, where)
     return rows
@@ -195,7 +197,7 @@ def _compared(seconds: dict[tuple, NDArray], amount: dict[tuple, float], where: 
         if path == "encoder":
             rows.append(row("overhead", seconds[variant, "blocks", dtype] / values, "", **at))
         elif path != "blocks":
-            if path != "plain":
+            if path != "plain" and (variant, "plain", "float32") in seconds:
                 plain = seconds[variant, "plain", "float32"]
                 rows.append(row("speedup", plain / values, "", **at))
             if dtype in limit:
@@ -207,25 +209,9 @@ def _compared(seconds: dict[tuple, NDArray], amount: dict[tuple, float], where: 
     return rows
 
 
-def training(
-    shapes: Mapping[str, Any], device: torch.device, dtypes: Sequence[str], repeats: int
-) -> Rows:
-    """Training steps at the claim's batch, warm, in turn: rows `training` and `reduction`."""
-    keys = [(v, name) for name in dtypes for v in VARIANTS]
-    steps = {(v, n): stepper(build(configs(shapes)[v], device), BATCH, n) for v, n in keys}
-    seconds, rows = warm(steps, repeats), []
-    for variant, dtype in keys:
-        at = {"path": "training", "dtype": dtype, "protocol": "warm", "batch": BATCH}
-        rows.append(row("training", seconds[variant, dtype], "s", variant=variant, **at))
-        if variant == "patch":
-            less = 1 - seconds[variant, dtype] / seconds["channel", dtype]
-            rows.append(row("reduction", less, "", **at))
-    return rows
-
-
 @torch.no_grad()
 def parts(ways: Paths, repeats: int) -> Rows:
-    """Where the time of a forward pass goes, at the claim's batch: rows `part`.
+    """Where the time of a forward pass goes, at the claim's batch, after `latency`: rows `part`.
 
     Hooks read the clock around every module of costs.PARTS, after waiting for the device; `rest`
     is what lies between the modules.
@@ -234,11 +220,8 @@ def parts(ways: Paths, repeats: int) -> Rows:
     device = plain["patch"].pose_std.device
     for (path, dtype), variants in ways.items():
         for variant, model in variants.items() if path != "compiled" else ():
-            given, spent, hooks = (
-                inputs(plain[variant].config, BATCH, device),
-                defaultdict(float),
-                [],
-            )
+            given, hooks = inputs(plain[variant].config, BATCH, device), []
+            spent: dict[str, float] = defaultdict(float)
 
             def start(_module, _given, part="", spent=spent):
                 spent[part] -= clock()
@@ -251,7 +234,7 @@ def parts(ways: Paths, repeats: int) -> Rows:
                     hooks.append(module.register_forward_pre_hook(partial(start, part=part)))
                     hooks.append(module.register_forward_hook(partial(stop, part=part)))
             rounds = []
-            for _ in range(repeats + 1):
+            for _ in range(repeats):  # warm: `latency` has run them
                 spent.clear()
                 begun = clock()
                 model(*given)
@@ -260,34 +243,36 @@ def parts(ways: Paths, repeats: int) -> Rows:
             for hook in hooks:
                 hook.remove()
             for part in rounds[0]:
-                values, at = [r[part] for r in rounds[1:]], {"path": path, "dtype": dtype}
+                values, at = [r[part] for r in rounds], {"path": path, "dtype": dtype}
                 rows.append(row("part", values, "s", variant=variant, part=part, batch=BATCH, **at))
     return rows
 
 
 @torch.no_grad()
-def scaling(
-    shapes: Mapping[str, Any], device: torch.device, sizes: Sequence[int], repeats: int
-) -> Rows:
+def scaling(models: Mapping[str, CardiacDreamer], sizes: Sequence[int], repeats: int) -> Rows:
     """One frame of growing size: patch tokens grow in number, channel tokens in width only.
 
-    Rows `scaling` (part backbone, and world of each variant): seconds of plain fp32, and the FLOP
-    expected by formula as rows `scaling flop`.
+    Rows `scaling` (part backbone, one pass, and world of each variant): seconds of plain fp32, and
+    the FLOP expected by formula as rows `scaling flop`. The weights are those of `models`: only the
+    layers that make tokens know the size.
     """
-    rows = []
+    rows, device = [], models["patch"].pose_std.device
     for size in sizes:
-        both = configs({**shapes, "image_size": size})
+        both = {v: m.config.model_copy(update={"image_size": size}) for v, m in models.items()}
         image, action = inputs(both["patch"], 1, device)
-        torch.manual_seed(0)
-        backbone = Backbone(both["patch"]).eval().to(device)
-        features = backbone(image)
-        worlds = {v: WorldModel(c).eval().to(device) for v, c in both.items()}
-        calls = {v: partial(world, features, action) for v, world in worlds.items()}
+        calls = {}
+        for variant, config in both.items():
+            world = WorldModel(config.model_copy(update={"num_layers": 0})).eval().to(device)
+            world.blocks = models[variant].world.blocks
+            features = torch.randn(1, config.channels, *config.grid, device=device)
+            calls[variant] = partial(world, features, action)
         seconds = warm(calls, repeats)
-        seconds["both"] = warm({"both": partial(backbone, image)}, min(repeats, 2))["both"]
+        begun = clock()
+        models["patch"].backbone(image)
+        seconds["both"] = np.array([clock() - begun])
         for variant, values in seconds.items():
             part = "backbone" if variant == "both" else "world"
-            work = flops(both[VARIANTS[0] if variant == "both" else variant])
+            work = flops(both.get(variant, both["patch"]))
             work = sum(w for p, w in work.items() if (p == "backbone") == (part == "backbone"))
             at = {"variant": variant, "part": part, "image": size, "batch": 1}
             rows.append(row("scaling", values, "s", protocol="warm", **at))
@@ -348,43 +333,53 @@ def accuracy(device: torch.device, dtypes: Sequence[str], **fields: Any) -> Rows
 
 
 def passes(shapes: Mapping[str, Any], device: torch.device, repeats: int) -> Rows:
-    """Single unwarmed passes at the claim's batch: every protocol of PASSES in `repeats` processes.
+    """Single unwarmed passes at the claim's batch: both ORDERS, each in `repeats` processes.
 
-    Rows `cold`: seconds by protocol and variant; `reduction`: 1 - patch / channel of each protocol;
-    `claim memory`: what CUDA's allocator holds after the claim's pass.
+    Rows `cold`: seconds by protocol and variant (whoever comes first has a fresh process for
+    itself: FRESH, until the result is there); `reduction`: 1 - patch / channel of each protocol;
+    `memory` of a fresh process; `claim memory`: what CUDA's allocator holds after the claim's pass.
     """
-    both, rows = configs(shapes), []
-    found = defaultdict(list)  # (protocol, variant) -> one value per process
-    memory = defaultdict(list)
+    both = configs(shapes)
+    found = defaultdict(list)  # (measure, protocol, variant) -> one value per process
     for _ in range(repeats):
-        for protocol, (orders, which) in PASSES.items():
-            for order in orders:
-                got = cold.apart(cold.single, [both[v] for v in order], device.type)
-                for variant, measured in got.items():
-                    found[protocol, variant].append(measured[which])
-                    if protocol == CLAIMED:
-                        memory[variant].append(measured["memory"])
+        for protocol, order in ORDERS.items():
+            got = cold.apart(cold.single, [both[v] for v in order], device.type)
+            for variant, measured in got.items():
+                found["cold", protocol, variant].append(measured["clock"])
+                if protocol == CLAIMED and device.type == "cuda":
+                    found["claim memory", protocol, variant].append(measured["memory"])
+            found["cold", FRESH, order[0]].append(got[order[0]]["waited"])
+            for kind in ("weights", "peak"):
+                found["memory", kind, order[0]].append(got[order[0]][kind])
     at = {"path": "plain", "dtype": "float32", "batch": BATCH, "image": both["patch"].image_size}
-    for (protocol, variant), values in found.items():
-        rows.append(row("cold", values, "s", variant=variant, protocol=protocol, **at))
-    for protocol in PASSES:
-        less = 1 - np.divide(found[protocol, "patch"], found[protocol, "channel"])
+    rows = [
+        row(m, values, "s" if m == "cold" else "MiB", variant=v, protocol=p, **at)
+        for (m, p, v), values in found.items()
+    ]
+    for protocol in (*ORDERS, FRESH):
+        less = 1 - np.divide(found["cold", protocol, "patch"], found["cold", protocol, "channel"])
         rows.append(row("reduction", less, "", protocol=protocol, **at))
-    if device.type == "cuda":
-        rows += [row("claim memory", v, "MiB", variant=k, **at) for k, v in memory.items()]
     return rows
 
 
 def memory(shapes: Mapping[str, Any], device: torch.device, dtypes: Sequence[str]) -> Rows:
     """Peaks at the claim's batch, each in a process of its own: rows `memory`, MiB above what the
-    imported libraries take, at rest (`weights`), in a forward pass and in a training step."""
-    ways = [("plain", "float32"), *(("fast", d) for d in dtypes[-1:]), ("training", "float32")]
+    imported libraries take, at rest (`weights`) and in the fast path or a training step; `training`
+    and its `reduction` (path training): how long the second step took."""
     rows = []
-    for variant, config in configs(shapes).items():
-        for path, dtype in ways:
-            got = cold.apart(cold.peak, config, device.type, path, dtype)
-            at = {"variant": variant, "path": path, "dtype": dtype, "batch": BATCH}
-            rows += [row("memory", v, "MiB", protocol=kind, **at) for kind, v in got.items()]
+    for path, names in (("fast", dtypes[-1:]), ("training", dtypes)):
+        for dtype in names:
+            at = {"path": path, "dtype": dtype, "batch": BATCH}
+            seconds = {}
+            for variant, config in configs(shapes).items():
+                got = cold.apart(cold.peak, config, device.type, path, dtype)
+                seconds[variant] = got.pop("seconds")
+                for kind, mib in got.items():
+                    rows.append(row("memory", mib, "MiB", variant=variant, protocol=kind, **at))
+            if path == "training":
+                at["protocol"] = "warm"
+                rows += [row("training", s, "s", variant=v, **at) for v, s in seconds.items()]
+                rows.append(row("reduction", 1 - seconds["patch"] / seconds["channel"], "", **at))
     return rows
 
 

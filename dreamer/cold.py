@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import timer as clock
 
 from dreamer.costs import BATCH, inputs
 from dreamer.fast import InParts, fast
 from dreamer.model import Attention, CardiacDreamer, ModelConfig
+from dreamer.training import has_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,34 +51,39 @@ def single(configs: Sequence[ModelConfig], device: str) -> dict[str, dict[str, f
     """One pass of each configuration, batch 4, one after the other, nothing warmed up.
 
     By variant: `clock`, seconds by the claim's protocol (time.time, no waiting for the device);
-    `waited`, seconds until the result was there; `memory`, MiB that CUDA's allocator holds then.
+    `waited`, seconds until the result was there; in MiB `memory`, what CUDA's allocator holds then,
+    and, above the imported libraries, `weights` at rest and the `peak`.
     """
-    found = {}
+    found, before = {}, Peak(device).read()
     for config in configs:
         model, given = build(config, device), inputs(config, BATCH, device)
+        highest = Peak(device)
+        got = {"weights": highest.read() - before}
         with torch.no_grad():
             begun = time.time()
             dream = model(*given)
-            clock = time.time() - begun
-            memory = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
+            got["clock"] = time.time() - begun
+            got["memory"] = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
             dream.pose.cpu()
-            waited = time.time() - begun
-        found[config.token_type] = {"clock": clock, "waited": waited, "memory": memory}
+            got["waited"] = time.time() - begun
+        found[config.token_type] = got | {"peak": highest.read() - before}
         del model, given, dream
     return found
 
 
-def stepper(model: CardiacDreamer, batch: int, dtype: str) -> Callable[[], None]:
-    """One training step to call: forward, backward, AdamW; autocast where `dtype` is bfloat16."""
+def stepper(model: CardiacDreamer, batch: int, dtype: str) -> Callable[..., None]:
+    """A training step to call, of `batch` frames or fewer: forward, backward, AdamW; autocast where
+    `dtype` is bfloat16."""
     device = model.pose_std.device
-    given, model = inputs(model.config, batch, device), model.train()
+    (image, action), model = inputs(model.config, batch, device), model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     low = dtype != "float32"
 
-    def step() -> None:
+    def step(frames: int = batch) -> None:
         with torch.autocast(device.type, DTYPES[dtype], enabled=low):
-            dream = model(*given)
-        loss = F.smooth_l1_loss(dream.pose, given[1]) + dream.next_features.float().pow(2).mean()
+            dream = model(image[:frames], action[:frames])
+        loss = F.smooth_l1_loss(dream.pose, action[:frames])
+        loss = loss + dream.next_features.float().pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,35 +117,41 @@ class Peak:
 
 
 def peak(config: ModelConfig, device: str, path: str, dtype: str) -> dict[str, float]:
-    """MiB above the imported libraries, batch 4: `weights` at rest, the `peak` of two passes.
+    """Of the second of two runs at batch 4, in `path` fast or training, `seconds`; in MiB above the
+    imported libraries `weights` at rest and the `peak` of both.
 
-    `path`: plain, fast, or training (a step with AdamW, so twice: its state comes with the first).
+    The first run takes one frame: it warms up, and a training step's makes AdamW's state.
     """
     before = Peak(device).read()
     model = build(config, device)
     if path == "fast":
         model = fast(model, DTYPES[dtype])
-    given = inputs(config, BATCH, device)
     highest = Peak(device)
     weights = highest.read() - before
-    run = stepper(model, BATCH, dtype) if path == "training" else lambda: model(*given)
-    with torch.set_grad_enabled(path == "training"):
-        for _ in range(2):
-            run()
-    return {"weights": weights, "peak": highest.read() - before}
+    if path == "training":
+        run = stepper(model, BATCH, dtype)
+    else:
+        image, action = inputs(config, BATCH, device)
+        run = lambda frames=BATCH: model(image[:frames], action[:frames])  # noqa: E731
+    run(1)
+    begun = clock()
+    run()
+    return {"seconds": clock() - begun, "weights": weights, "peak": highest.read() - before}
 
 
 def attention_peak(config: ModelConfig, tokens: int, way: str, device: str) -> float:
     """MiB above weights and input of one attention layer, batch 16.
 
-    `way`: fused; explicit (as where maps are recorded); or in parts, the fast path's on CPUs, bf16.
+    `way`: fused; explicit (as where maps are recorded); or in parts, the fast path's on CPUs, in
+    bf16 where the machine has it.
     """
     torch.manual_seed(0)
     layer = Attention(config.d_model, config.num_heads, 0.0).eval().to(device)
     x = torch.randn(16, tokens, config.d_model, device=device)
     layer.recorded = way == "explicit"
     if way == "in parts":
-        layer, x = InParts(layer).bfloat16(), x.bfloat16()
+        dtype = torch.bfloat16 if has_bf16() else torch.float32  # emulated, it takes minutes
+        layer, x = InParts(layer).to(dtype), x.to(dtype)
     with torch.no_grad():
         layer(x[:1, :2])
         highest = Peak(device)

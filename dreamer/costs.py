@@ -7,6 +7,7 @@ channel tokens and 0.0474 s with patch tokens, "95.7% faster"; 65,188,584 and 66
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,14 @@ def row(measure: str, values: float | Sequence[float], unit: str, **where: Any) 
     low, value, high = np.percentile(np.atleast_1d(np.asarray(values, float)), (25, 50, 75))
     found = {"value": value, "low": low, "high": high, "n": int(np.size(values)), "unit": unit}
     return {"measure": measure, **where, **found}
+
+
+def select(results: pd.DataFrame, measure: str, **where: Any) -> pd.DataFrame:
+    """The rows of a measure that have these values in other columns."""
+    rows = results[results["measure"] == measure]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    return rows
 
 
 def configs(shapes: Mapping[str, Any]) -> dict[str, ModelConfig]:
@@ -197,15 +206,7 @@ def verdicts(results: pd.DataFrame, config: str, full: bool) -> pd.DataFrame:
     agree to 1%, the reduction in time to 2 points beyond the quartiles. Seconds on other hardware
     get no verdict; nothing does where the shapes are not the published ones (`full` False).
     """
-    only = results.set_index("measure")
-
-    def pick(measure: str, **where: Any) -> pd.DataFrame:
-        rows = only.loc[[measure]] if measure in only.index else only.iloc[:0]
-        for column, value in where.items():
-            rows = rows[rows[column] == value]
-        return rows
-
-    found = []
+    found, pick = [], partial(select, results)
 
     def add(claim: str, published: str, got: pd.Series, text: str, verdict: str, how: str = ""):
         interval = f"{text} to {text}".format(got.low, got.high) if got.n > 1 else ""
@@ -235,10 +236,8 @@ def verdicts(results: pd.DataFrame, config: str, full: bool) -> pd.DataFrame:
         ("warm", "warm, in turn, fp32"),
         ("operations counted", "operations counted"),
     ):
-        rows = pick("reduction", protocol=protocol)
-        if protocol == "warm":
-            rows = rows[(rows.path == "plain") & (rows.batch == BATCH)]
-        for got in rows.iloc:
+        warm = {"path": "plain", "batch": BATCH} if protocol == "warm" else {}
+        for got in pick("reduction", protocol=protocol, **warm).iloc:
             verdict = _verdict(got, FASTER, 0.02)
             add("patch tokens are faster", f"{FASTER:.1%}", got, "{:.1%}", verdict, how)
     columns = ["claim", "published", "measured", "interval", "verdict", "config", "n"]
@@ -257,7 +256,7 @@ def goals(results: pd.DataFrame) -> pd.DataFrame:
     """What the project asks of itself, warm at the claim's batch: measured, interval, met."""
     found = []
     for measure, path, what, bound, threshold in GOALS:
-        rows = results[(results.measure == measure) & (results.path == path)]
+        rows = select(results, measure, path=path)
         if path == "fast":
             rows = rows[rows.dtype == rows.dtype.iloc[-1]] if len(rows) else rows
         rows = rows[(rows.batch == BATCH) | (measure == "pose difference")]
@@ -273,9 +272,8 @@ def conclusion(results: pd.DataFrame, equal: Mapping[str, float]) -> str:
     """What a run shows, in Markdown, from its numbers; `equal`: see figures.benchmark.scaling."""
     less = results[(results.measure == "reduction") & (results.path.isin(["plain", ""]))]
     less = less[less.batch.isna() | (less.batch == BATCH)].set_index("protocol").value
-    cold = results[results.measure == "cold"].set_index(["protocol", "variant"]).value
-    warm = results[(results.measure == "latency") & (results.path == "plain")]
-    warm = warm[warm.batch == BATCH].set_index("variant").value
+    cold = select(results, "cold").set_index(["protocol", "variant"]).value
+    warm = select(results, "latency", path="plain", batch=BATCH).set_index("variant").value
     first = cold[CLAIMED, "channel"] - warm["channel"], cold[MIRRORED, "patch"] - warm["patch"]
     crossing = [f"{name} at {px:.0f} px" for name, px in equal.items() if math.isfinite(px)]
     return f"""

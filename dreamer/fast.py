@@ -25,10 +25,12 @@ QUERIES = 320  # at a time, where attention goes in parts
 PAIRS = (("0", "1"), ("conv1", "bn1"), ("conv2", "bn2"))  # convolution and its norm, by name
 
 
-def packs(device: torch.device) -> bool:
-    """Whether linear layers can be kept in oneDNN's order: on x86 CPUs."""
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether linear layers can be kept in oneDNN's order: on x86 CPUs, bf16 only with AVX-512."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return device.type == "cpu" and x86 and torch.backends.mkldnn.is_available()
+    if device.type != "cpu" or not x86 or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Packed(nn.Module):
@@ -132,7 +134,7 @@ def fast(
         for module in () if part is None else part.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
-    for block in model.world.blocks if packs(device) and model.world is not None else ():
+    for block in model.world.blocks if packs(device, dtype) and model.world is not None else ():
         in_parts = dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
         if in_parts and not model.config.hierarchy:
             block.attention = InParts(block.attention)

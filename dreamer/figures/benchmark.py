@@ -3,7 +3,7 @@
 Bars and points are medians; lines across them the quartiles over the rounds.
 """
 
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -11,54 +11,56 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dreamer.costs import BATCH, CLAIMED, FRESH, MIRRORED, PARTS, VARIANTS, crossing
+from dreamer.costs import BATCH, CLAIMED, FRESH, MIRRORED, PARTS, VARIANTS, crossing, select
 from dreamer.figures import COLOURS, above, whiskers
 
 STYLES = {"plain": "-", "fast": "--", "compiled": ":"}
 SHADES = ("#4d4d4d", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#cccccc")  # parts, rest
 
 
-def _rows(results: pd.DataFrame, measure: str, **where: Any) -> pd.DataFrame:
-    rows = results[results["measure"] == measure]
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
-    return rows
+def _bars(
+    ax: Axes, rows: pd.DataFrame, by: str | list[str], keys: list, labels: Iterable[str],
+    scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Horizontal bars of both variants, one pair for each of `keys` in the columns `by`."""
+    for shift, variant in zip((-0.2, 0.2), VARIANTS, strict=True):
+        own = rows[rows["variant"] == variant].set_index(by)
+        own = own[~own.index.duplicated()].loc[keys]
+        ax.barh(np.arange(len(keys)) + shift, scale * own["value"], 0.38,
+                xerr=whiskers(own, scale=scale), color=COLOURS[variant], label=f"{variant} tokens",
+                error_kw={"lw": 1})  # fmt: skip
+    ax.set(yticks=range(len(keys)), yticklabels=labels)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    above(ax)
 
 
 def cold_and_warm(results: pd.DataFrame) -> Figure:
     """Seconds of both variants by protocol; how much faster patch tokens look in each."""
     fig, ax = plt.subplots(figsize=(8, 4))
-    warm = _rows(results, "latency", path="plain", batch=BATCH)
+    warm = select(results, "latency", path="plain", batch=BATCH)
     names = {CLAIMED: "as published:\nchannel first, one pass", MIRRORED: "mirrored:\npatch first",
              FRESH: "a fresh process\nfor each pass", "warm": "warm,\nin turn"}  # fmt: skip
-    rows = pd.concat([_rows(results, "cold"), warm])
-    less = _rows(results, "reduction", path="plain", dtype="float32")
+    rows = pd.concat([select(results, "cold"), warm])
+    _bars(ax, rows, "protocol", list(names), names.values())
+    less = select(results, "reduction", path="plain", dtype="float32")
     less = less[less["batch"] == BATCH].set_index("protocol")["value"]
-    places, tops = np.arange(len(names)), np.zeros(len(names))
-    for shift, variant in zip((-0.2, 0.2), VARIANTS, strict=True):
-        own = rows[rows["variant"] == variant].set_index("protocol").loc[list(names)]
-        ax.barh(places + shift, own["value"], 0.38, xerr=whiskers(own), color=COLOURS[variant],
-                label=f"{variant} tokens", error_kw={"lw": 1})  # fmt: skip
-        tops = np.maximum(tops, own["high"])
-    for place, (name, top) in enumerate(zip(names, tops, strict=True)):
+    tops = rows.groupby("protocol")["high"].max()
+    for place, name in enumerate(names):
         word = "faster" if less[name] >= 0 else "slower"
-        ax.text(top, place, f"  patch {abs(less[name]):.1%} {word}", va="center")
-    ax.set(yticks=places, yticklabels=names.values(), xlabel="time of a forward pass, batch 4 (s)")
-    ax.set_xlim(0, 1.4 * max(tops))
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    above(ax)
+        ax.text(tops[name], place, f"  patch {abs(less[name]):.1%} {word}", va="center")
+    ax.set(xlabel="time of a forward pass, batch 4 (s)", xlim=(0, 1.4 * max(tops)))
     return fig
 
 
 def against_batch(results: pd.DataFrame) -> Figure:
     """Time of a pass, and frames per second, against the batch."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8))
-    rows = _rows(results, "latency")
+    rows = select(results, "latency")
     rows = rows[rows["path"].isin(STYLES)]
     for (variant, path, dtype), own in rows.groupby(["variant", "path", "dtype"]):
         own = own.sort_values("batch")
-        if len(own) < rows["batch"].nunique():
+        if len(own) < 2:
             continue
         look = {"color": COLOURS[variant], "ls": STYLES[path], "marker": "o", "ms": 4,
                 "label": f"{variant}, {path} {dtype}"}  # fmt: skip
@@ -77,27 +79,19 @@ def against_batch(results: pd.DataFrame) -> Figure:
 def share(results: pd.DataFrame) -> Figure:
     """The share of the machine's largest matrix product rate that each variant reaches."""
     fig, ax = plt.subplots(figsize=(7, 3.4))
-    rows = _rows(results, "share").sort_values(["path", "dtype"], ascending=False)
-    limit = _rows(results, "limit").set_index("dtype")["value"]
+    rows = select(results, "share").sort_values(["path", "dtype"], ascending=False)
+    limit = select(results, "limit").set_index("dtype")["value"]
     ways = list(dict.fromkeys(zip(rows["path"], rows["dtype"], strict=True)))
-    for shift, variant in zip((-0.2, 0.2), VARIANTS, strict=True):
-        own = rows[rows["variant"] == variant].set_index(["path", "dtype"]).loc[ways]
-        ax.barh(np.arange(len(ways)) + shift, 100 * own["value"], 0.38, color=COLOURS[variant],
-                xerr=whiskers(own, scale=100), label=f"{variant} tokens",
-                error_kw={"lw": 1})  # fmt: skip
     labels = [f"{p} {d}\n(limit {limit[d] / 1e9:,.0f} GFLOP/s)" for p, d in ways]
+    _bars(ax, rows, ["path", "dtype"], ways, labels, 100)
     ax.axvline(100, color=COLOURS["neutral"], lw=1)
-    ax.set(yticks=range(len(ways)), yticklabels=labels,
-           xlabel="share of the largest matrix product rate, same dtype and run (%)")  # fmt: skip
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    ax.legend(loc="upper left", bbox_to_anchor=(0, 1.16), ncols=2)
+    ax.set_xlabel("share of the largest matrix product rate, same dtype and run (%)")
     return fig
 
 
 def parts(results: pd.DataFrame) -> Figure:
     """Where the time of a forward pass goes, for each variant and path."""
-    rows = _rows(results, "part")
+    rows = select(results, "part")
     ways = list(dict.fromkeys(zip(rows["variant"], rows["path"], rows["dtype"], strict=True)))
     ways.sort(key=lambda way: (VARIANTS.index(way[0]), way[1] == "fast", way[2] == "bfloat16"))
     fig, ax = plt.subplots(figsize=(8, 0.5 * len(ways) + 1.4))
@@ -111,12 +105,12 @@ def parts(results: pd.DataFrame) -> Figure:
     ax.set(yticks=range(len(ways)), yticklabels=labels, xlabel="time, batch 4 (s)")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower right", fontsize=8)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, fontsize=8)
     return fig
 
 
 def _crossed(ax: Axes, results: pd.DataFrame, measure: str, unit: str, per: float) -> float:
-    rows = _rows(results, measure, part="world").sort_values("image")
+    rows = select(results, measure, part="world").sort_values("image")
     lines = {}
     for variant in VARIANTS:
         own = rows[rows["variant"] == variant]
@@ -124,7 +118,7 @@ def _crossed(ax: Axes, results: pd.DataFrame, measure: str, unit: str, per: floa
         ax.errorbar(own["image"], own["value"] / per, whiskers(own, scale=1 / per), marker="o",
                     ms=4, color=COLOURS[variant], label=f"{variant} tokens")  # fmt: skip
     sizes = rows["image"].unique()
-    backbone = _rows(results, measure, part="backbone").sort_values("image")
+    backbone = select(results, measure, part="backbone").sort_values("image")
     ax.plot(backbone["image"], backbone["value"] / per, color=COLOURS["neutral"], ls="--",
             label="backbone (shared)")  # fmt: skip
     where = crossing(list(sizes), lines["patch"], lines["channel"])
@@ -151,20 +145,15 @@ def scaling(results: pd.DataFrame) -> tuple[Figure, dict[str, float]]:
 def memory(results: pd.DataFrame) -> Figure:
     """Peaks of both variants, and of one attention layer against the number of tokens."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8))
-    rows = _rows(results, "memory")
+    rows = select(results, "memory")  # fp32 comes before bf16
     kinds = {
-        "at rest": (("plain", "weights")), "forward": ("plain", "peak"),
+        "at rest": ("plain", "weights"), "forward": ("plain", "peak"),
         "forward, fast": ("fast", "peak"), "training step": ("training", "peak"),
     }  # fmt: skip
-    for shift, variant in zip((-0.2, 0.2), VARIANTS, strict=True):
-        own = rows[rows["variant"] == variant].set_index(["path", "protocol"])["value"]
-        axes[0].bar(np.arange(len(kinds)) + shift, [own[k] for k in kinds.values()], 0.38,
-                    color=COLOURS[variant], label=f"{variant} tokens")  # fmt: skip
-    axes[0].set(xticks=range(len(kinds)), xticklabels=kinds, ylabel="peak memory, batch 4 (MiB)")
-    axes[0].tick_params(axis="x", labelsize=8)
-    axes[0].legend()
+    _bars(axes[0], rows, ["path", "protocol"], list(kinds.values()), kinds)
+    axes[0].set_xlabel("peak memory, batch 4 (MiB)")
     shades = {"fused": COLOURS["truth"], "in parts": SHADES[1], "explicit": COLOURS["direct"]}
-    for way, own in _rows(results, "attention memory").groupby("path"):
+    for way, own in select(results, "attention memory").groupby("path"):
         tokens = own["part"].astype(int)
         axes[1].plot(tokens, own["value"], marker="o", ms=4, color=shades[way], label=way)
     axes[1].set(xlabel="tokens", ylabel="peak of one attention layer,\nbatch 16 (MiB)",
@@ -175,7 +164,7 @@ def memory(results: pd.DataFrame) -> Figure:
 
 def machines(results: pd.DataFrame) -> Figure:
     """Several machines together: how much faster patch tokens are, and the fast path's gain."""
-    rows = _rows(results, "reduction", path="plain", batch=BATCH)
+    rows = select(results, "reduction", path="plain", batch=BATCH)
     names = list(dict.fromkeys(results["machine"]))
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 0.7 * len(names) + 1.8), sharey=True)
     marks = {
@@ -190,7 +179,7 @@ def machines(results: pd.DataFrame) -> Figure:
                          mfc="none" if mark == "s" else None, label=label)  # fmt: skip
     axes[0].axvline(95.7, color="black", lw=1, ls=":", label="published")
     axes[0].set(xlabel="patch tokens faster by (%)", yticks=range(len(names)), yticklabels=names)
-    gain = _rows(results, "speedup", path="fast", batch=BATCH)
+    gain = select(results, "speedup", path="fast", batch=BATCH)
     for variant in VARIANTS:
         own = gain[gain["variant"] == variant].drop_duplicates("machine", keep="last")
         axes[1].errorbar(own["value"], [names.index(m) for m in own["machine"]],
@@ -201,6 +190,12 @@ def machines(results: pd.DataFrame) -> Figure:
         ax.set_ylim(len(names) - 0.4, -0.6)
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=2)
     return fig
+
+
+def rounds(results: pd.DataFrame, measure: str) -> str:
+    """How many rounds the rows of a measure come from, in words."""
+    few, many = np.percentile(select(results, measure)["n"], (0, 100)).astype(int)
+    return f"{few} rounds" if few == many else f"{few} to {many} rounds"
 
 
 def caption(results: pd.DataFrame, shapes: str) -> str:
