@@ -146,6 +146,7 @@ def attribute(
     action: Tensor | None = None,
     images: Tensor | None = None,
     steps: int = 32,
+    limit: int = LIMIT,
     permutations: int = 8,
     seed: int = 0,
     progress: str | None = None,
@@ -153,64 +154,55 @@ def attribute(
     """`Maps` of what moves `target` on feature maps [N, C, h, w], by one of METHODS.
 
     `baseline` [1 or N, C, h, w]: zero without one. `action` [N, 6]: none by default, which asks
-    about the frame itself. Integrated gradients doubles `steps` up to LIMIT where it misses more
-    than TOLERANCE, and warns where it still does. Occlusion needs the frames `images`
-    [N, 1, S, S]; grey boxes of one cell's size hide them. ValueError on unknown names.
+    about the frame itself. Integrated gradients doubles `steps` up to `limit` where it misses more
+    than TOLERANCE, and warns where it still does; `limit` 0 takes the steps as they are. Occlusion
+    hides the frames `images` [N, 1, S, S] by grey boxes of a cell's size. ValueError on unknown
+    names.
     """
     known(method, "method", METHODS)
     if method == "occlusion" and images is None:
         raise ValueError("occlusion hides parts of the frames: give `images`")
-    n, shape = len(features), features.shape[2:]
+    n, by_cells = len(features), method in METHODS[3:]
     action = features.new_zeros(n, 6) if action is None else action
     base = torch.zeros_like(features[:1]) if baseline is None else baseline
-    base = base.expand(n, *features.shape[1:])
+    base = base.expand_as(features)
     ask, rows = Question(model, target), rows_at_once(model)
-    size = max(1, rows // {"integrated_gradients": steps}.get(method, 1))
+    size = min(rows, 64) if by_cells else rows
     parts = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for p in parts_of(n, min(size, rows if method in METHODS[:3] else 64), progress):
+        for p in parts_of(n, rows // steps if method == METHODS[0] else size, progress):
             x, b, a = features[p].detach(), base[p].detach(), action[p]
-            error = torch.full((len(x),), torch.nan, device=x.device)
-            used, maps = torch.zeros_like(error), None
+            error, used = x.new_full((len(x),), torch.nan), x.new_zeros(len(x))
             if method == "integrated_gradients":
-                maps, error, used = _integrated(ask, x, b, a, steps, rows)
+                maps, error, used = _integrated(ask, x, b, a, steps, limit, rows)
             elif method == "gradient_x_activation":
                 maps = InputXGradient(ask).attribute(x.requires_grad_(), additional_forward_args=a)
             elif method == "grad_cam":
-                cam = LayerGradCam(ask, ask.features)
-                maps = cam.attribute(
+                maps = LayerGradCam(ask, ask.features).attribute(
                     x.requires_grad_(), additional_forward_args=a, attr_dim_summation=False
                 )
-            if maps is not None:
-                maps = maps.detach()
-                parts.append((maps.sum(1), maps.sum((2, 3)), error, used))
+            elif method == "occlusion":
+                maps = _occlusion(ask, x, a, images[p])
             else:
-                frames = None if images is None else images[p]
-                grid = _hidden(ask, method, x, b, a, frames, permutations, rows)
-                parts.append((grid.detach(), None, error, used))
-    grid, channels, error, used = zip(*parts, strict=True)
-    result = Maps(
-        torch.cat(grid).reshape(n, *shape),
-        None if channels[0] is None else torch.cat(channels),
-        torch.cat(error),
-        torch.cat(used),
-    )
-    if missed := int((result.error > TOLERANCE).sum()):
+                maps = _game(ask, method, x, b, a, permutations, rows)
+            parts.append((maps.detach(), error, used))
+    maps, error, used = (torch.cat(part) for part in zip(*parts, strict=True))
+    if limit and (missed := int((error > TOLERANCE).sum())):
         log.warning(
             "%d of %d maps (%s) miss more than %.0f%% of f(x) - f(baseline) after %d steps",
-            missed, n, target, 100 * TOLERANCE, LIMIT,
+            missed, n, target, 100 * TOLERANCE, int(used.max()),
         )  # fmt: skip
-    return result
+    return Maps(maps.sum(1), None if by_cells else maps.sum((2, 3)), error, used)
 
 
-def _integrated(ask, x, b, a, steps: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _integrated(ask, x, b, a, steps: int, limit: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Integrated gradients, its relative error, its steps; doubled where the error is too large."""
     maps, error = torch.zeros_like(x), x.new_full((len(x),), torch.inf)
-    used, method = torch.zeros_like(error), IntegratedGradients(ask)
+    used, method, limit = torch.zeros_like(error), IntegratedGradients(ask), limit or steps
     with torch.no_grad():
         change = (ask(x, a) - ask(b, a)).abs().clamp_min(1e-6)
-    while (todo := torch.nonzero(error > TOLERANCE)[:, 0]).numel() and steps <= LIMIT:
+    while (todo := torch.nonzero(error > TOLERANCE)[:, 0]).numel() and steps <= limit:
         for t in todo.split(max(1, rows // steps)):
             maps[t], delta = method.attribute(
                 x[t], b[t], additional_forward_args=a[t], n_steps=steps,
@@ -222,28 +214,31 @@ def _integrated(ask, x, b, a, steps: int, rows: int) -> tuple[Tensor, Tensor, Te
 
 
 @torch.no_grad()
-def _hidden(ask, method: str, x, b, a, images, permutations: int, rows: int) -> Tensor:
-    """Grids [B, h, w] by hiding: cells of the map, or boxes of the frame."""
+def _occlusion(ask: Question, x: Tensor, a: Tensor, images: Tensor) -> Tensor:
+    """[B, 1, h, w]: what moves when a grey box of one cell's size hides that part of the frame."""
     h, w = x.shape[2:]
-    if method == "occlusion":
-        images = images.to(x.device).float() / (1 if images.is_floating_point() else 255)
-        box = (1, images.shape[2] // h, images.shape[3] // w)
-        whole = Occlusion(lambda frames, action: ask(ask.model.encode(frames), action))
-        pixels = whole.attribute(
-            images, box, strides=box, baselines=ask.model.image_mean.item(),
-            additional_forward_args=a, perturbations_per_eval=max(1, 64 // len(x)),
-        )  # fmt: skip
-        return reduce(pixels, "b 1 (h y) (w x) -> b h w", "mean", h=h, w=w)
-    ones = x.new_ones(len(x), 1, h, w)
-    cells = torch.arange(h * w, device=x.device).view(1, 1, h, w)
+    images = images.to(x.device).float() / (1 if images.is_floating_point() else 255)
+    box = (1, images.shape[2] // h, images.shape[3] // w)
+    whole = Occlusion(lambda frames, action: ask(ask.model.encode(frames), action))
+    pixels = whole.attribute(
+        images, box, strides=box, baselines=ask.model.image_mean.item(),
+        additional_forward_args=a, perturbations_per_eval=max(1, 64 // len(x)),
+    )  # fmt: skip
+    return reduce(pixels, "b 1 (h y) (w x) -> b 1 h w", "mean", h=h, w=w)
+
+
+@torch.no_grad()
+def _game(ask: Question, method: str, x, b, a, permutations: int, rows: int) -> Tensor:
+    """[B, 1, h, w]: Shapley values or ablation of the cells, as players who show themselves."""
+    ones, (h, w) = x.new_ones(len(x), 1, *x.shape[2:]), x.shape[2:]
     given = {
-        "baselines": 0, "additional_forward_args": (x, b, a), "feature_mask": cells,
+        "baselines": 0, "additional_forward_args": (x, b, a),
+        "feature_mask": torch.arange(h * w, device=x.device).view(1, 1, h, w),
         "perturbations_per_eval": max(1, rows // len(x)),
     }  # fmt: skip
     if method == "shapley":
-        game = ShapleyValueSampling(Cells(ask))
-        return game.attribute(ones, n_samples=permutations, **given)[:, 0]
-    return FeatureAblation(Cells(ask)).attribute(ones, **given)[:, 0]
+        return ShapleyValueSampling(Cells(ask)).attribute(ones, n_samples=permutations, **given)
+    return FeatureAblation(Cells(ask)).attribute(ones, **given)
 
 
 # Attention
@@ -351,15 +346,6 @@ def rollout_grids(model: CardiacDreamer, features: Tensor) -> Tensor:
     """Rollout to the map's tokens after each layer [layers, N, h, w]; give few frames."""
     share = read(rollout(attention(model, features)), "tokens")
     return to_grid(share, features, model.config.token_type)
-
-
-def channel_scores(share: Tensor, features: Tensor, token_type: str) -> Tensor:
-    """Shares of tokens [..., tokens] -> those of the channels' own tokens [..., C].
-
-    ValueError for patch tokens: attention tells nothing of their channels, `attribute` does.
-    """
-    known(token_type, "token_type", ("channel", "both"))
-    return share if token_type == "channel" else share[..., features.shape[2:].numel() :]
 
 
 def strongest(share: Tensor, features: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

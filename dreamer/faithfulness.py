@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from dreamer.attribution import (
     ATTENTION,
     BASELINES,
+    LIMIT,
     METHODS,
     answer,
     attention,
@@ -38,9 +39,9 @@ from dreamer.attribution import (
 )
 from dreamer.evaluation import bootstrap
 from dreamer.model import CardiacDreamer
-from dreamer.truth import Sample, Truth, against_truth, changes, occupancy
+from dreamer.truth import Anatomy, Sample, against_truth
 
-CONTROLS = ("random", "edges", "centre", "even")
+CONTROLS = ("random", "edges", "centre")
 PASS = 0.3  # rank correlation with the trained map that may be left when nothing trained is
 CLAIMS = {  # measure: what it would mean for patch tokens to be ahead
     "counterfactual": "better spatial understanding: maps tell which structures move the answer",
@@ -57,13 +58,10 @@ MEASURES = {  # name: what more of it means
 
 
 def control(name: str, images: Tensor, grid: tuple[int, int], seed: int = 0) -> Tensor:
-    """Maps [N, h, w] that know nothing of the model: random, the frame's edges, the centre, and an
-    even one, which ranks structures by their size alone."""
+    """Maps [N, h, w] that know nothing of the model: random, the frame's edges, the centre."""
     n, (h, w) = len(images), grid
     if known(name, "control", CONTROLS) == "random":
         return torch.rand(n, h, w, generator=torch.Generator().manual_seed(seed))
-    if name == "even":
-        return torch.ones(n, h, w)
     if name == "centre":
         y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
         return torch.exp(-2 * (x**2 + y**2)).expand(n, h, w)
@@ -96,45 +94,49 @@ def posed(model: CardiacDreamer, features: Tensor, baseline: Tensor, mask: Tenso
     return torch.cat(found)
 
 
-class Curves(NamedTuple):
-    """`share` [K] of cells; `deletion`, `insertion` [targets, N, K]: how far the answer lies from
-    the whole frame's, mm or deg, with that share of the cells hidden, or shown."""
-
-    share: NDArray
-    deletion: Tensor
-    insertion: Tensor
-
-
 @torch.no_grad()
 def curves(
     model: CardiacDreamer,
     features: Tensor,
-    grid: Tensor,
+    grids: Mapping[tuple[str, str], Tensor],
     targets: Sequence[str],
     baseline: Tensor,
     points: int = 0,
-) -> Curves:
-    """`Curves` of cells hidden (from the frame) and shown (on the baseline), greatest |grid| first.
+    progress: str | None = None,
+) -> tuple[NDArray, dict[tuple[str, str], Tensor]]:
+    """Shares [K] of cells, and for each map and target [2, N, K] how far the answer lies from the
+    whole frame's, mm or deg: deletion, that share hidden, and insertion, only that share shown.
 
-    `grid` [N, h, w]; ties fall at random. `points`: cell counts to try, denser at the start; 0
-    tries every one. A true map has a high deletion curve and a low insertion curve.
+    `grids` [N, h, w] by method and target, or "any"; greatest |value| first, ties fall at random.
+    `points`: cell counts to try, denser at the start; 0 tries every one. A true map has a high
+    deletion curve and a low insertion curve.
     """
-    n, cells = len(features), grid[0].numel()
-    counts = np.unique(np.geomspace(1, cells, points or 4 * cells).round().astype(int))
-    shuffled = torch.randperm(cells, generator=torch.Generator().manual_seed(0))
-    magnitude = grid.detach().abs().cpu().flatten(1)[:, shuffled]
-    order = shuffled[magnitude.argsort(dim=1, descending=True, stable=True)]
-    place = order.argsort(dim=1).view(n, 1, *grid.shape[1:]).to(features.device)
-
-    def ask(mask: Tensor) -> Tensor:
-        pose = posed(model, features, baseline, mask)
-        return torch.stack([answer(pose, t) for t in targets])  # [targets, N]
-
-    whole, empty = (ask((place < c).float()) for c in (cells, 0))
-    down = [whole] + [ask((place >= c).float()) for c in counts[:-1]] + [empty]
-    up = [empty] + [ask((place < c).float()) for c in counts[:-1]] + [whole]
-    away = [(torch.stack(line, -1) - whole[..., None]).abs().cpu() for line in (down, up)]
-    return Curves(np.concatenate(([0], counts)) / cells, *away)
+    n, (h, w) = len(features), features.shape[2:]
+    counts = np.unique(np.geomspace(1, h * w, points or 4 * h * w).round().astype(int))
+    shuffled = torch.randperm(h * w, generator=torch.Generator().manual_seed(0))
+    whole, empty = (
+        posed(model, features, baseline, features.new_full((n, 1, h, w), shown))
+        for shown in (1, 0)
+    )  # fmt: skip
+    found = {}
+    for (method, own), grid in tqdm(
+        grids.items(), desc=progress, leave=False, disable=progress is None
+    ):
+        magnitude = grid.detach().abs().cpu().flatten(1)[:, shuffled]
+        order = shuffled[magnitude.argsort(dim=1, descending=True, stable=True)]
+        place = order.argsort(dim=1).view(n, 1, h, w).to(features.device)
+        lines = torch.stack([
+            torch.stack((
+                posed(model, features, baseline, (place >= c).float()),
+                posed(model, features, baseline, (place < c).float()),
+            )) for c in counts[:-1]
+        ], dim=2)  # [2, N, K - 2, 6]
+        ends = [torch.stack(pair)[:, :, None] for pair in ((whole, empty), (empty, whole))]
+        lines = torch.cat((ends[0], lines, ends[1]), dim=2)
+        for target in targets if own == "any" else [own]:
+            away = answer(lines, target) - answer(whole, target)[:, None]
+            found[method, target] = away.abs().cpu()
+    return np.concatenate(([0], counts)) / (h * w), found
 
 
 @torch.no_grad()
@@ -144,7 +146,7 @@ def infidelity(
     grids: Mapping[tuple[str, str], Tensor],
     targets: Sequence[str],
     baseline: Tensor,
-    samples: int = 32,
+    samples: int = 16,
     seed: int = 0,
 ) -> dict[tuple[str, str], Tensor]:
     """Share [N] of the answer's change under random hiding that each map fails to predict.
@@ -189,7 +191,8 @@ def sensitivity(
         if method in ATTENTION:
             return (attention_grid(model, x, method).flatten(1),)
         base = baseline.repeat_interleave(len(x) // len(baseline), 0)
-        return (attribute(model, x, target, method, base, steps=16, seed=seed).grid.flatten(1),)
+        found = attribute(model, x, target, method, base, steps=8, limit=0, seed=seed)
+        return (found.grid.flatten(1),)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -223,19 +226,47 @@ def randomised(model: CardiacDreamer, seed: int = 0) -> Iterator[tuple[str, Card
 # Tables
 
 
+class View(NamedTuple):
+    """What a model makes of a sample: `features` [N, C, h, w] and the `base` [1 or N, C, h, w] that
+    hidden cells show, computed once."""
+
+    model: CardiacDreamer
+    sample: Sample
+    features: Tensor
+    base: Tensor
+
+    def take(self, rows: slice | Sequence[int]) -> "View":
+        """The view of fewer frames."""
+        base = self.base if len(self.base) == 1 else self.base[rows]
+        return View(self.model, self.sample.take(rows), self.features[rows], base)
+
+
+def view(model: CardiacDreamer, sample: Sample, baseline: str = "mean") -> View:
+    """The `View` of a sample; `baseline` is one of BASELINES."""
+    base = baseline_map(model, baseline, sample.images, sample.training)
+    return View(model, sample, encode(model, sample.images), base)
+
+
+def _rows(group: NDArray, values, **names) -> pd.DataFrame:
+    """One row a frame and entry of `values` [N, ...]: group, frame, `names`, value. A name is one
+    word for all, or an array that fits `values`."""
+    values = np.asarray(values, dtype=float)
+    frame = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
+    columns = {"group": group[frame], "frame": frame, **names, "value": values}
+    return pd.DataFrame({k: np.broadcast_to(v, values.shape).ravel() for k, v in columns.items()})
+
+
 def explain(
-    model: CardiacDreamer,
-    sample: Sample,
+    seen: View,
     methods: Sequence[str],
     targets: Sequence[str],
-    baseline: str = "mean",
-    steps: int = 16,
+    steps: int = 8,
+    limit: int = LIMIT,
     seed: int = 0,
     progress: str | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """Grids [N, h, w] by (method, target), controls and attention among them under target "any"."""
-    features = encode(model, sample.images)
-    base = baseline_map(model, baseline, sample.images, sample.training)
+    model, sample, features, base = seen
     grids = {}
     for method, target in tqdm(
         [(m, t) for m in methods for t in (targets if m in METHODS else ("any",))],
@@ -243,8 +274,9 @@ def explain(
     ):  # fmt: skip
         if method in METHODS:
             found = attribute(
-                model, features, target, method, base, images=sample.images, steps=steps, seed=seed
-            ).grid
+                model, features, target, method, base, images=sample.images, steps=steps,
+                limit=limit, seed=seed,
+            ).grid  # fmt: skip
         elif method in ATTENTION:
             found = attention_grid(model, features, method)
         else:
@@ -254,76 +286,75 @@ def explain(
 
 
 def score(
-    model: CardiacDreamer,
-    sample: Sample,
+    seen: View,
     grids: Mapping[tuple[str, str], Tensor],
     targets: Sequence[str],
-    known_truth: Truth | None = None,
-    baseline: str = "mean",
-    points: int = 6,
+    known_anatomy: Anatomy | None = None,
+    moved: Tensor | None = None,
+    points: int = 5,
     progress: str | None = None,
-) -> pd.DataFrame:
-    """Every check of every map, one row a frame: group, frame, method, target, measure, value.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every check of every map, one row a frame: group, frame, method, target, measure, value; and
+    the curves themselves: group, frame, method, target, kind, share, value.
 
-    See MEASURES. Those of the phantom are left out without `known_truth`. Deletion and insertion
-    are areas relative to the mean distance between the answers to the frames and to the baseline.
+    See MEASURES. Those of the phantom take `known_anatomy` and `moved` [targets, N, structures], as
+    `truth.anatomy` and `truth.changes` give them, and are left out without. Distances are
+    relative to the mean distance between the answers to the frames and to the baseline; deletion
+    and insertion are areas.
     """
-    features = encode(model, sample.images)
-    base = baseline_map(model, baseline, sample.images, sample.training)
-    rows = []
-
-    def add(method: str, target: str, measure: str, value) -> None:
-        rows.append(pd.DataFrame({
-            "group": sample.group, "frame": np.arange(len(features)), "method": method,
-            "target": target, "measure": measure, "value": np.asarray(value, dtype=float),
-        }))  # fmt: skip
-
-    if known_truth is not None:
-        filled = occupancy(known_truth, features.shape[2:])
-        moved = changes(model, known_truth, targets)
-    for (method, own), grid in tqdm(
-        grids.items(), desc=progress, leave=False, disable=progress is None
-    ):
-        asked = list(targets) if own == "any" else [own]
-        found = curves(model, features, grid, asked, base, points=points)
-        for k, target in enumerate(asked):
-            scale = float(found.insertion[k, :, 0].mean())
-            for measure, line in (("deletion", found.deletion), ("insertion", found.insertion)):
-                add(method, target, measure, np.trapezoid(line[k], found.share) / scale)
-            if known_truth is not None:
-                at = moved[list(targets).index(target)]
-                for measure, value in against_truth(grid, filled, at, known_truth).items():
-                    add(method, target, measure, value)
-    missed = infidelity(model, features, grids, list(targets), base)
-    for (method, target), value in missed.items():
-        add(method, target, "infidelity", value.cpu())
-    return pd.concat(rows, ignore_index=True).dropna(subset="value")
+    model, sample, features, base = seen
+    targets, rows, lines = list(targets), [], []
+    share, found = curves(model, features, grids, targets, base, points, progress)
+    for (method, target), away in found.items():
+        names = {"method": method, "target": target}
+        away = away / away[1, :, 0].mean()
+        for kind, line in zip(("deletion", "insertion"), away.numpy(), strict=True):
+            lines.append(_rows(sample.group, line, **names, kind=kind, share=share))
+            rows.append(_rows(sample.group, np.trapezoid(line, share), **names, measure=kind))
+        if known_anatomy is not None:
+            grid = grids[method, target if (method, target) in grids else "any"]
+            told = against_truth(grid, known_anatomy, moved[targets.index(target)])
+            rows += [_rows(sample.group, v, **names, measure=k) for k, v in told.items()]
+    for (method, target), value in infidelity(model, features, grids, targets, base).items():
+        rows.append(_rows(sample.group, value.cpu(), method=method, target=target,
+                          measure="infidelity"))  # fmt: skip
+    return pd.concat(rows, ignore_index=True).dropna(subset="value"), pd.concat(lines)
 
 
-def randomisation(
-    model: CardiacDreamer,
-    sample: Sample,
-    methods: Sequence[str],
-    target: str,
-    frames: int = 24,
+def slow_scores(
+    seen: View,
+    quick: Sequence[str],
+    targets: Sequence[str],
+    known_anatomy: Anatomy | None = None,
+    moved: Tensor | None = None,
     seed: int = 0,
     progress: str | None = None,
 ) -> pd.DataFrame:
+    """Rows of `score` for the SLOW methods, and the max-sensitivity of the `quick` ones."""
+    grids = explain(seen, SLOW, targets, seed=seed, progress=progress)
+    table, _ = score(seen, grids, targets, known_anatomy, moved)
+    trembling = (
+        _rows(
+            seen.sample.group, sensitivity(seen.model, seen.features, m, t, seen.base).cpu(),
+            method=m, target=t, measure="sensitivity",
+        )
+        for m in quick for t in targets
+    )  # fmt: skip
+    return pd.concat((table, *trembling))
+
+
+def randomisation(
+    seen: View, methods: Sequence[str], target: str, seed: int = 0, progress: str | None = None
+) -> pd.DataFrame:
     """Rank agreement with the trained map while `randomised` works downwards, one row a frame:
     group, frame, method, stage, depth (0 the trained model), value."""
-    few = sample._replace(images=sample.images[:frames], group=sample.group[:frames])
-
-    def grids(net: CardiacDreamer) -> dict[str, Tensor]:
-        return {m: g for (m, _), g in explain(net, few, methods, [target], steps=16).items()}
-
-    trained, rows = grids(model), []
-    bar = tqdm(randomised(model, seed), desc=progress, leave=False, disable=progress is None)
+    trained, rows = explain(seen, methods, [target]), []
+    bar = tqdm(randomised(seen.model, seed), desc=progress, leave=False, disable=progress is None)
     for depth, (stage, net) in enumerate(bar, 1):
-        for method, grid in grids(net).items():
-            rows.append(pd.DataFrame({
-                "group": few.group, "frame": np.arange(len(grid)), "method": method,
-                "stage": stage, "depth": depth, "value": rank_correlation(trained[method], grid),
-            }))  # fmt: skip
+        other = view(net, seen.sample) if "backbone" in stage else seen._replace(model=net)
+        for (method, own), grid in explain(other, methods, [target], limit=0).items():
+            value = rank_correlation(trained[method, own], grid)
+            rows.append(_rows(seen.sample.group, value, method=method, stage=stage, depth=depth))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -339,134 +370,62 @@ def agreement(
     """
     rows = []
 
-    def add(kind: str, variant: str, method: str, other: str, target: str, value: NDArray) -> None:
-        rows.append(pd.DataFrame({
-            "kind": kind, "variant": variant, "method": method, "other": other, "target": target,
-            "group": group, "frame": np.arange(len(group)), "value": value,
-        }))  # fmt: skip
+    def add(kind: str, variant: str, one: tuple, two: tuple, value: NDArray) -> None:
+        names = {"kind": kind, "variant": variant, "method": one[0], "other": two[0]}
+        target = two[1] if one[1] == "any" else one[1]
+        rows.append(_rows(group, value, **names, target=target))
 
     ranked = {run: {k: ranks(g) for k, g in found.items()} for run, found in grids.items()}
     for run, found in ranked.items():
-        for (one, a), (two, b) in itertools.combinations(found, 2):
-            if one != two and (a == b or "any" in (a, b)):
-                value = (found[one, a] * found[two, b]).sum(1)
-                target = b if a == "any" else a
-                add("methods", variants[run], one, two, target, value)
-    for one, two in itertools.combinations(grids, 2):
-        same = variants[one] == variants[two]
-        for method, target in grids[one]:
-            if method not in CONTROLS:
-                value = (ranked[one][method, target] * ranked[two][method, target]).sum(1)
-                which = variants[one] if same else "both"
-                add("seeds" if same else "variants", which, method, method, target, value)
+        for one, two in itertools.combinations(found, 2):
+            if one[0] != two[0] and (one[1] == two[1] or "any" in (one[1], two[1])):
+                add("methods", variants[run], one, two, (found[one] * found[two]).sum(1))
+    for run, other in itertools.combinations(grids, 2):
+        same = variants[run] == variants[other]
+        kind, variant = ("seeds", variants[run]) if same else ("variants", "both")
+        for key in grids[run]:
+            if key[0] not in CONTROLS:
+                add(kind, variant, key, key, (ranked[run][key] * ranked[other][key]).sum(1))
     return pd.concat(rows, ignore_index=True).dropna(subset="value")
 
 
-def reading(model: CardiacDreamer, sample: Sample) -> pd.DataFrame:
+def reading(seen: View) -> pd.DataFrame:
     """How attention is spread, one row a frame, layer and head: group, frame, layer, head, measure,
     value. Measures: the share of the map's reading that goes to the action token, and how many of
     the tokens are read (the exponential of the entropy), as a share of all."""
-    features, rows = encode(model, sample.images), []
-    for p in parts_of(len(features), rows_at_once(model, recorded=True), None):
-        weights = attention(model, features[p])[..., 1:, :]  # read by the map's own tokens
+    values = []
+    for p in parts_of(len(seen.features), rows_at_once(seen.model, recorded=True), None):
+        weights = attention(seen.model, seen.features[p])[..., 1:, :]  # read by the map's tokens
         entropy = -(weights * weights.clamp_min(1e-12).log()).sum(-1).mean(-1)
-        values = {
-            "share read from the action token": weights[..., 0].mean(-1),
-            "share of the tokens that are read": entropy.exp() / weights.shape[-1],
-        }
-        for measure, value in values.items():
-            layer, frame, head = np.indices(value.shape).reshape(3, -1)
-            rows.append(pd.DataFrame({
-                "group": sample.group[p][frame], "frame": frame + p.start, "layer": layer + 1,
-                "head": head + 1, "measure": measure, "value": value.flatten().cpu().numpy(),
-            }))  # fmt: skip
-    return pd.concat(rows, ignore_index=True)
+        values.append(torch.stack((weights[..., 0].mean(-1), entropy.exp() / weights.shape[-1])))
+    values = torch.cat(values, dim=2).cpu().numpy()  # [measures, layers, N, heads]
+    measures = ("share read from the action token", "share of the tokens that are read")
+    layers, heads = values.shape[1], values.shape[3]
+    return pd.concat(
+        _rows(seen.sample.group, value.swapaxes(0, 1), layer=np.arange(layers)[:, None] + 1,
+              head=np.arange(heads) + 1, measure=measure)
+        for measure, value in zip(measures, values, strict=True)
+    )  # fmt: skip
 
 
-def trembling(
-    model: CardiacDreamer,
-    sample: Sample,
-    methods: Sequence[str],
-    target: str,
-    baseline: str = "mean",
-    frames: int = 24,
-) -> pd.DataFrame:
-    """Max-sensitivity of the methods on the first `frames`, as rows of `score`."""
-    features = encode(model, sample.images[:frames])
-    base = baseline_map(model, baseline, sample.images[:frames], sample.training)
-    rows = []
-    for method in methods:
-        value = sensitivity(model, features, method, target, base).cpu().numpy()
-        rows.append(pd.DataFrame({
-            "group": sample.group[:frames], "frame": np.arange(len(value)), "method": method,
-            "target": target, "measure": "sensitivity", "value": value,
-        }))  # fmt: skip
-    return pd.concat(rows, ignore_index=True)
-
-
-def slow_scores(
-    model: CardiacDreamer,
-    sample: Sample,
-    known_truth: Truth | None,
-    quick: Sequence[str],
-    targets: Sequence[str],
-    baseline: str = "mean",
-    seed: int = 0,
-    progress: str | None = None,
-) -> pd.DataFrame:
-    """Rows of `score` for the SLOW methods, and the max-sensitivity of the `quick` ones."""
-    grids = explain(model, sample, SLOW, targets, baseline, seed=seed, progress=progress)
-    return pd.concat((
-        score(model, sample, grids, targets, known_truth, baseline),
-        trembling(model, sample, quick, targets[0], baseline, len(sample.images)),
-    ))  # fmt: skip
-
-
-def curve_table(
-    model: CardiacDreamer,
-    sample: Sample,
-    grids: Mapping[tuple[str, str], Tensor],
-    target: str,
-    baseline: str = "mean",
-    points: int = 12,
-) -> pd.DataFrame:
-    """Deletion and insertion curves of each map of `target`, relative to the mean distance between
-    the answers to the frames and to the baseline: group, frame, method, kind, share, value."""
-    features = encode(model, sample.images)
-    base = baseline_map(model, baseline, sample.images, sample.training)
-    rows = []
-    for (method, own), grid in grids.items():
-        if own in (target, "any"):
-            found = curves(model, features, grid, [target], base, points=points)
-            scale = float(found.insertion[0, :, 0].mean())
-            for kind, lines in (("deletion", found.deletion[0]), ("insertion", found.insertion[0])):
-                frame, point = np.indices(lines.shape).reshape(2, -1)
-                rows.append(pd.DataFrame({
-                    "group": sample.group[frame], "frame": frame, "method": method, "kind": kind,
-                    "share": found.share[point], "value": lines.flatten().numpy() / scale,
-                }))  # fmt: skip
-    return pd.concat(rows, ignore_index=True)
-
-
-def baselines(
-    model: CardiacDreamer, sample: Sample, target: str, frames: int = 32, steps: int = 16
-) -> pd.DataFrame:
+def baselines(seen: View, target: str, steps: int = 8) -> pd.DataFrame:
     """How much the baseline decides: rank agreement of integrated gradients from each two of
-    BASELINES, and the share of maps that did not converge: group, frame, pair, measure, value."""
-    features = encode(model, sample.images[:frames])
+    BASELINES, and the share of f(x) - f(baseline) that each misses: group, frame, pair, measure,
+    value."""
+    model, sample, features, _ = seen
     found = {}
     for name in BASELINES:
-        base = baseline_map(model, name, sample.images[:frames], sample.training)
+        base = baseline_map(model, name, sample.images, sample.training)
         found[name] = attribute(model, features, target, baseline=base, steps=steps)
-    values = {
-        (f"{one} and {two}", "agreement"): rank_correlation(found[one].grid, found[two].grid)
-        for one, two in itertools.combinations(found, 2)
-    } | {(name, "missed"): maps.error.cpu().numpy() for name, maps in found.items()}
     rows = [
-        pd.DataFrame({"group": sample.group[:frames], "frame": np.arange(len(value)), "pair": pair,
-                      "measure": measure, "value": value})
-        for (pair, measure), value in values.items()
+        _rows(sample.group, rank_correlation(found[a].grid, found[b].grid), pair=f"{a} and {b}",
+              measure="agreement")
+        for a, b in itertools.combinations(found, 2)
     ]  # fmt: skip
+    rows += [
+        _rows(sample.group, maps.error.cpu(), pair=name, measure="missed")
+        for name, maps in found.items()
+    ]
     return pd.concat(rows, ignore_index=True).dropna(subset="value")
 
 

@@ -7,7 +7,9 @@ leaflets count. Pixels in a rib's shadow show nothing and count for no structure
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from scipy.stats import spearmanr
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,7 +26,7 @@ from dreamer import phantom, poses
 from dreamer.attribution import answer, encode, parts_of, rows_at_once
 from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer
-from dreamer.phantom.render import APEX
+from dreamer.phantom.render import APEX, sector
 from dreamer.training import load_config, make_split
 
 AROUND = ("mediastinum", "lung", "liver", "chest_wall", "ribs")  # structures that are not the heart
@@ -33,7 +35,7 @@ AROUND = ("mediastinum", "lung", "liver", "chest_wall", "ribs")  # structures th
 class Sample(NamedTuple):
     """N frames: `images` uint8 [N, 1, S, S], `pose` [N, 6], `scan`, `frame`, `group` (the patient,
     or a stretch of time) [N]; `training` frames [M, 1, S, S]; the data's `folder`; `split`, either
-    patient or blocks of one scan."""
+    patient or blocks of one scan. The first frames of a sample are of as many groups as can be."""
 
     images: Tensor
     pose: Tensor
@@ -44,6 +46,10 @@ class Sample(NamedTuple):
     folder: Path
     split: str
 
+    def take(self, rows: slice | Sequence[int]) -> "Sample":
+        """The sample of fewer frames."""
+        return Sample(*(field[rows] for field in self[:5]), *self[5:])
+
 
 def unseen(
     runs: Sequence[str | Path],
@@ -52,7 +58,8 @@ def unseen(
     seed: int = 0,
     patients: Mapping[str, str] | None = None,
 ) -> Sample:
-    """`frames` test frames that no run was trained on, spread evenly over the test patients.
+    """`frames` test frames that no run was trained on, spread evenly over the test patients, one
+    of each first, then a second of each, and so on.
 
     `patients` maps scan -> patient, as it was given to the training; without it a scan is one.
     Raises ValueError where the runs were split in different ways or take other picture sizes.
@@ -77,7 +84,7 @@ def unseen(
     draw = np.random.default_rng(seed)
     shuffled = draw.permutation(len(test))
     turn = pd.Series(shuffled).groupby(group[shuffled]).cumcount().to_numpy()
-    picked = np.sort(shuffled[np.argsort(turn, kind="stable")][:frames])
+    picked = shuffled[np.argsort(turn, kind="stable")][:frames]
     chosen = test[picked]
     return Sample(
         found.images(found.rows[chosen, 0]),
@@ -101,40 +108,65 @@ class Truth(NamedTuple):
     gone: dict[str, tuple[NDArray, Tensor]]
 
 
+def _card(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
+    """How a phantom was drawn, and its structures; None where the data are no phantom's."""
+    if not (folder / "phantom.json").is_file():
+        return None
+    card = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))
+    return card["arguments"], tuple(card["structures"])
+
+
+def _drawn(arguments: dict, scan: str, pose, phase, without: str | None, size: int) -> Tensor:
+    """Frames uint8 [K, 1, S, S] of a scan's patient, shrunk to `size` where they were larger."""
+    patient = phantom.Patient([arguments["seed"], int(scan.rsplit("_", 1)[1])])
+    picture = phantom.render(
+        patient, pose, phase, without, arguments["target"], arguments["size"]
+    ).image[:, None]  # fmt: skip
+    if picture.shape[-1] == size:
+        return picture
+    soft = F.interpolate(picture.float(), (size, size), mode="bilinear", antialias=True)
+    return soft.round().clamp(0, 255).to(torch.uint8)
+
+
 def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> Truth | None:
     """The sample's `Truth`, every structure that fills `least` of the sector taken away in turn.
 
     None where the data carry no truth (a real scan). Raises ValueError where the phantom no longer
     draws the frames that lie in the folder.
     """
-    card = sample.folder / "phantom.json"
-    if not card.is_file():
+    if (card := _card(sample.folder)) is None:
         return None
-    card = json.loads(card.read_text(encoding="utf-8"))
-    arguments, names = card["arguments"], tuple(card["structures"])
-    size, n = sample.images.shape[-1], len(sample.images)
-    labels = torch.zeros(n, arguments["size"], arguments["size"], dtype=torch.uint8)
-    whole, gone = torch.zeros_like(sample.images), {name: [] for name in names}
-    for scan in tqdm(np.unique(sample.scan), desc=progress, leave=False, disable=progress is None):
+    arguments, names = card
+
+    def of_scan(scan: str) -> tuple[NDArray, NDArray, Tensor, list]:
         where = np.flatnonzero(sample.scan == scan)
-        with np.load(sample.folder / scan / "truth.npz") as known_of:
-            rows = pd.Index(known_of["frames"]).get_indexer(sample.frame[where])
-            pose, phase, label = (known_of[k][rows] for k in ("pose", "phase", "labels"))
-        labels[where] = torch.from_numpy(label)
-        patient = phantom.Patient([arguments["seed"], int(scan.rsplit("_", 1)[1])])
+        with np.load(sample.folder / scan / "truth.npz") as told:
+            rows = pd.Index(told["frames"]).get_indexer(sample.frame[where])
+            pose, phase, labels = (told[k][rows] for k in ("pose", "phase", "labels"))
 
-        def draw(frames: NDArray, without: str | None, patient=patient, pose=pose, phase=phase):
-            picture = phantom.render(
-                patient, torch.from_numpy(pose[frames]), torch.from_numpy(phase[frames]), without,
-                arguments["target"], arguments["size"],
-            ).image[:, None]  # fmt: skip
-            return _resized(picture, size)
+        def draw(rows, without: str | None = None) -> Tensor:
+            at = torch.from_numpy(pose[rows]), torch.from_numpy(phase[rows])
+            return _drawn(arguments, scan, *at, without, sample.images.shape[-1])
 
-        whole[where] = draw(np.arange(len(where)), None)
-        share = [(label == i).sum((1, 2)) / (label > 0).sum((1, 2)) for i in _numbers(names)]
-        for name, area in zip(names, share, strict=True):
+        gone = []
+        for number, name in enumerate(names, 1):
+            area = (labels == number).sum((1, 2)) / (labels > 0).sum((1, 2))
             if len(there := np.flatnonzero(area >= least)):
-                gone[name].append((where[there], draw(there, name)))
+                gone.append((name, where[there], draw(there, name)))
+        return where, labels, draw(slice(None)), gone
+
+    scans, threads = np.unique(sample.scan), torch.get_num_threads()
+    sector(arguments["size"])  # made once, before the threads ask for it
+    torch.set_num_threads(1)  # one scan a thread, as the phantom was drawn
+    try:
+        with ThreadPoolExecutor(os.cpu_count(), "draw", torch.set_num_threads, (1,)) as pool:
+            found = tqdm(pool.map(of_scan, scans), progress, len(scans), leave=False,
+                         disable=progress is None)  # fmt: skip
+            where, labels, whole, gone = zip(*found, strict=True)
+    finally:
+        torch.set_num_threads(threads)
+    order = np.argsort(np.concatenate(where))
+    whole = torch.cat(whole)[order]
     difference = (whole.float() - sample.images.float()).abs().mean()
     if difference > 2:
         raise ValueError(
@@ -142,43 +174,13 @@ def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> 
             f"{difference:.1f} grey levels); generate the folder anew"
         )
     kept = {}
-    for name, parts in gone.items():
+    for name in names:
+        parts = [(rows, pictures) for part in gone for n, rows, pictures in part if n == name]
         if parts:
-            where, pictures = (
-                np.concatenate([w for w, _ in parts]),
-                torch.cat([p for _, p in parts]),
-            )
-            if not torch.equal(pictures, whole[where]):  # what lies between all others cannot go
-                kept[name] = where, pictures
-    return Truth(labels, names, whole, kept)
-
-
-def first_frames(sample: Sample, known: Truth | None, count: int) -> tuple[Sample, Truth | None]:
-    """The first `count` frames of a sample, spread over groups, with their truth."""
-    order = pd.Series(sample.group).groupby(sample.group).cumcount().to_numpy()
-    rows = np.sort(np.argsort(order, kind="stable")[:count])
-    each = {f: getattr(sample, f)[rows] for f in ("images", "pose", "scan", "frame", "group")}
-    if known is None:
-        return sample._replace(**each), None
-    place = pd.Index(rows)
-    gone = {}
-    for name, (where, pictures) in known.gone.items():
-        at = place.get_indexer(where)
-        if (at >= 0).any():
-            gone[name] = at[at >= 0], pictures[torch.from_numpy(at >= 0)]
-    fewer = known._replace(labels=known.labels[rows], whole=known.whole[rows], gone=gone)
-    return sample._replace(**each), fewer
-
-
-def _numbers(names: Sequence[str]) -> range:
-    return range(1, len(names) + 1)
-
-
-def _resized(picture: Tensor, size: int) -> Tensor:
-    if picture.shape[-1] == size:
-        return picture
-    soft = F.interpolate(picture.float(), (size, size), mode="bilinear", antialias=True)
-    return soft.round().clamp(0, 255).to(torch.uint8)
+            rows, pictures = np.concatenate([r for r, _ in parts]), torch.cat([p for _, p in parts])
+            if not torch.equal(pictures, whole[rows]):  # what lies between all others cannot go
+                kept[name] = rows, pictures
+    return Truth(torch.from_numpy(np.concatenate(labels)[order]), names, whole, kept)
 
 
 def shadow(labels: Tensor, rib: int) -> Tensor:
@@ -196,14 +198,33 @@ def shadow(labels: Tensor, rib: int) -> Tensor:
     return (depth.flatten() > first.gather(1, line.expand(n, -1))).view_as(labels)
 
 
-def occupancy(truth: Truth, grid: tuple[int, int]) -> Tensor:
-    """Share [N, structures, h, w] of each cell's pixels that a structure visibly fills: pixels in a
-    rib's shadow count for none."""
-    lit = truth.labels.clone()
-    if "ribs" in truth.structures:
-        lit[shadow(truth.labels, truth.structures.index("ribs") + 1)] = 0
-    shares = [F.adaptive_avg_pool2d((lit == i).float(), grid) for i in _numbers(truth.structures)]
-    return torch.stack(shares, 1)
+class Anatomy(NamedTuple):
+    """A phantom's truth on a grid of cells, by `structures`, both [N, structures, h, w]. `filled`:
+    share of a cell's pixels that a structure visibly fills; those in a rib's shadow count for none.
+    `dose`: how far a cell's picture changes when the structure goes, mean |difference| in grey
+    levels, on the structure and wherever it threw a shadow; nan where it was not taken away."""
+
+    structures: tuple[str, ...]
+    filled: Tensor
+    dose: Tensor
+
+    def take(self, rows: slice | Sequence[int]) -> "Anatomy":
+        """The anatomy of fewer frames."""
+        return Anatomy(self.structures, self.filled[rows], self.dose[rows])
+
+
+def anatomy(truth: Truth, grid: tuple[int, int]) -> Anatomy:
+    """The `Anatomy` of a truth's frames on a grid (h, w)."""
+    names, lit = truth.structures, truth.labels.clone()
+    if "ribs" in names:
+        lit[shadow(truth.labels, names.index("ribs") + 1)] = 0
+    numbers = range(1, len(names) + 1)
+    filled = [F.adaptive_avg_pool2d((lit == i).float(), grid) for i in numbers]
+    dose = torch.full((len(lit), len(names), *grid), torch.nan)
+    for name, (where, pictures) in truth.gone.items():
+        change = (pictures.float() - truth.whole[where].float()).abs()
+        dose[where, names.index(name)] = F.adaptive_avg_pool2d(change, grid)[:, 0]
+    return Anatomy(names, torch.stack(filled, 1), dose)
 
 
 @torch.no_grad()
@@ -224,92 +245,104 @@ def changes(model: CardiacDreamer, truth: Truth, targets: Sequence[str]) -> Tens
     return moved
 
 
-def against_truth(grid: Tensor, filled: Tensor, moved: Tensor, known: Truth) -> dict[str, NDArray]:
-    """How maps [N, h, w] agree with the anatomy `filled` [N, structures, h, w] and with what moves
-    the answer, `moved` [N, structures]; arrays [N], nan where a frame cannot tell (see MEASURES).
+def partial_rank(one: ArrayLike, other: ArrayLike, given: ArrayLike, least: int = 5) -> NDArray:
+    """Spearman correlation [N] along the rows of [N, K] with the linear effect of the ranks of
+    `given` taken out of both; entries that are nan in any are left out.
+
+    0 where `given` explains all of `one`: it tells nothing more. nan where it explains all of
+    `other`, so that there is nothing to tell, or where fewer than `least` entries are left.
+    """
+    values = np.stack([np.asarray(v, dtype=float) for v in (one, other, given)])  # [3, N, K]
+    seen = np.isfinite(values).all(0)
+    ranks = rankdata(np.where(seen, values, np.nan), axis=2, nan_policy="omit")
+    a, b, g = np.where(seen, ranks - np.nanmean(ranks, 2, keepdims=True), 0)
+    power = (g**2).sum(1, keepdims=True)
+    a, b = (v - g * (v * g).sum(1, keepdims=True) / np.maximum(power, 1e-9) for v in (a, b))
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    told = (a * b).sum(1) / np.maximum(size, 1e-9)
+    enough = (seen.sum(1) >= least) & ((b**2).sum(1) > 1e-6)
+    return np.where(enough, np.where((a**2).sum(1) > 1e-6, told, 0), np.nan)
+
+
+def against_truth(grid: Tensor, known: Anatomy, moved: Tensor) -> dict[str, NDArray]:
+    """How maps [N, h, w] agree with the anatomy, and with what moves the answer, `moved`
+    [N, structures]. Arrays [N], nan where a frame cannot tell.
 
     mass: the share of the map's magnitude that lies on the heart, over the heart's share of the
     visible area. rank: of as many top cells as are mostly heart, the share that are. pointing: the
-    top cell is mostly heart. decisive: it holds a part of the structure that moves the answer most.
-    counterfactual: Spearman correlation over the frame's structures, ribs left out for the shadow
-    they throw elsewhere, between |map summed over the structure| and |change without it|.
+    top cell is mostly heart. decisive: it holds a part of the structure that moves the answer most,
+    ribs left out for the shadow they throw elsewhere.
+    counterfactual: over a frame's structures, does the answer move more than the change of the
+    picture bids where the map is strong? `partial_rank` of sum(|map| · dose), what the map says of
+    the cells that change, and |change of the answer|, given sum(dose). Without the last, more
+    picture changed means more of any map and more change of the answer, and a random map scores
+    well. Magnitudes, since in the mean a map of random cells then says no more than an even one,
+    which scores 0; sums with signs would not, for they cancel the more the more cells there are.
     """
+    structures, filled, dose = known
     size = grid.abs()[:, None] * (filled.sum(1, keepdim=True) > 0)
     on = (size * filled).sum((2, 3))  # [N, structures], what the map says of each
-    area, heart = filled.sum((2, 3)), [name not in AROUND for name in known.structures]
+    area, heart = filled.sum((2, 3)), [name not in AROUND for name in structures]
     cells = filled[:, heart].sum(1) > filled[:, [not h for h in heart]].sum(1)  # mostly heart
     order = size.flatten(1).argsort(1, descending=True)
     hits = cells.flatten(1).gather(1, order)
     count = cells.sum((1, 2))
     among = torch.arange(hits.shape[1]) < count[:, None]
-    usable = [n for n in range(len(known.structures)) if known.structures[n] != "ribs"]
-    told = (grid[:, None] * filled).sum((2, 3)).abs()[:, usable].numpy()
-    effect = moved.abs()[:, usable]
-    best = effect.nan_to_num(-1).argmax(1)
+    effect = moved.abs()
+    usable = [k for k, name in enumerate(structures) if name != "ribs"]
+    best = effect[:, usable].nan_to_num(-1).argmax(1)
     there = filled[:, usable][torch.arange(len(grid)), best].flatten(1).gather(1, order[:, :1])
-    agree = []
-    for a, b in zip(told, effect.numpy(), strict=True):
-        seen = np.isfinite(b)
-        enough = seen.sum() >= 4 and np.ptp(a[seen]) > 0 and np.ptp(b[seen]) > 0
-        agree.append(spearmanr(a[seen], b[seen]).statistic if enough else np.nan)
     share = on[:, heart].sum(1) / on.sum(1)
     flat = torch.where(grid.flatten(1).std(1) > 0, 0.0, torch.nan)  # no top cell: nan
     seen = torch.where(count > 0, 0.0, torch.nan)  # no heart in the picture: nan
-    effective = torch.where(effect.isfinite().any(1), 0.0, torch.nan)
+    effective = torch.where(effect[:, usable].isfinite().any(1), 0.0, torch.nan)
+    told = (grid.abs()[:, None] * dose).sum((2, 3))
     return {
         "mass": (share / (area[:, heart].sum(1) / area.sum(1)) + seen).numpy(),
         "rank": ((hits & among).sum(1) / count + flat).numpy(),
         "pointing": (hits[:, 0] + flat + seen).numpy(),
         "decisive": ((there[:, 0] > 0.05) + flat + effective).numpy(),
-        "counterfactual": np.array(agree),
+        "counterfactual": partial_rank(told, effect, dose.sum((2, 3))),
     }
 
 
-def by_structure(
-    grids: Mapping[tuple[str, str], Tensor],
-    known: Truth,
-    group: NDArray,
-    moved: Tensor | None = None,
-) -> pd.DataFrame:
-    """What maps say of each structure that is seen: group, frame, method, target, structure,
-    measure, value.
+def by_structure(grid: Tensor, known: Anatomy, group: NDArray, moved: Tensor) -> pd.DataFrame:
+    """What maps [N, h, w] say of each structure that is seen, and what happens without it, `moved`
+    [N, structures]: group, frame, structure, measure, value.
 
-    mass: the map's share over the area's share, 1 as its size bids; told: |sum over the structure|
-    in the map's unit; moved: |change of the answer without it|, from `moved` [N, structures].
+    mass: the map's share over the area's share. told: the map's mean magnitude where the picture
+    changes, over its mean. Both are 1 as the size bids. moved: |change of the answer| in its unit
+    for one grey level of change in the mean over the picture.
     """
-    rows = []
-    for (method, target), grid in grids.items():
-        filled = occupancy(known, grid.shape[1:])
-        on, area = (grid.abs()[:, None] * filled).sum((2, 3)), filled.sum((2, 3))
-        share = area / area.sum(1, keepdim=True).clamp_min(1e-9)
-        values = {
-            "mass": on / on.sum(1, keepdim=True) / share,
-            "told": (grid[:, None] * filled).sum((2, 3)).abs(),
-        } | ({} if moved is None else {"moved": moved.abs()})
-        frame, structure = np.nonzero((share > 0.005).numpy())
-        for measure, value in values.items():
-            rows.append(pd.DataFrame({
-                "group": group[frame], "frame": frame, "method": method, "target": target,
-                "structure": np.array(known.structures)[structure], "measure": measure,
-                "value": value[frame, structure].numpy(),
-            }))  # fmt: skip
-    table = pd.concat(rows, ignore_index=True)
+    structures, filled, dose = known
+    on, area = (grid.abs()[:, None] * filled).sum((2, 3)), filled.sum((2, 3))
+    share, total = area / area.sum(1, keepdim=True).clamp_min(1e-9), dose.sum((2, 3))
+    values = {
+        "mass": on / on.sum(1, keepdim=True) / share,
+        "told": (grid.abs()[:, None] * dose).sum((2, 3)) / total / grid.abs().mean((1, 2))[:, None],
+        "moved": moved.abs() / (total / grid[0].numel()),
+    }
+    frame, structure = np.nonzero((share > 0.005).numpy())
+    table = pd.concat(
+        pd.DataFrame({
+            "group": group[frame], "frame": frame,
+            "structure": np.array(structures)[structure], "measure": measure,
+            "value": value[frame, structure].numpy(),
+        })
+        for measure, value in values.items()
+    )  # fmt: skip
     return table[np.isfinite(table["value"])]
 
 
 def sweep(sample: Sample, axis: str, offsets: Sequence[float], number: int = 0) -> Tensor | None:
     """Frames uint8 [K, 1, S, S] of one of the sample's patients, the probe `offsets` (mm or deg)
     from the target plane along one axis; None where the data are no phantom's."""
-    card = sample.folder / "phantom.json"
-    if not card.is_file():
+    if (card := _card(sample.folder)) is None:
         return None
-    arguments = json.loads(card.read_text(encoding="utf-8"))["arguments"]
-    scan = np.unique(sample.scan)[number]
     pose = torch.zeros(len(offsets), 6)
     pose[:, poses.AXES.index(axis)] = torch.tensor(list(offsets), dtype=torch.float32)
-    patient = phantom.Patient([arguments["seed"], int(scan.rsplit("_", 1)[1])])
-    picture = phantom.render(patient, pose, 0.0, None, arguments["target"], arguments["size"])
-    return _resized(picture.image[:, None], sample.images.shape[-1])
+    scan = np.unique(sample.scan)[number]
+    return _drawn(card[0], scan, pose, 0.0, None, sample.images.shape[-1])
 
 
 def showing(known: Truth, names: Sequence[str]) -> dict[str, int]:
@@ -321,3 +354,11 @@ def showing(known: Truth, names: Sequence[str]) -> dict[str, int]:
         if area.max() > 0:
             found[name] = int(area.argmax())
     return found
+
+
+def nearest(sample: Sample, count: int) -> list[int]:
+    """Numbers of the frames nearest to the target plane (mm and degrees alike), one of each group
+    first."""
+    table = pd.DataFrame({"group": sample.group, "away": sample.pose.norm(dim=1).numpy()})
+    table["turn"] = table.groupby("group")["away"].rank(method="first")
+    return table.sort_values(["turn", "away"]).index[:count].tolist()

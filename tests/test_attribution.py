@@ -108,8 +108,7 @@ def test_occlusion_of_a_linear_model(additive):
 
 
 @pytest.mark.parametrize("target", attribution.TARGETS)
-def test_complete_methods_sum_to_the_difference(model, images, target, monkeypatch):
-    monkeypatch.setattr(attribution, "LIMIT", 32)
+def test_complete_methods_sum_to_the_difference(model, images, target):
     features = attribution.encode(model, images)
     base = attribution.baseline_map(model, "mean", images, images)
     ask = attribution.Question(model, target)
@@ -117,7 +116,7 @@ def test_complete_methods_sum_to_the_difference(model, images, target, monkeypat
         gap = ask(features, torch.zeros(5, 6)) - ask(base, torch.zeros(1, 6))
     shapley = attribution.attribute(model, features, target, "shapley", base, permutations=2)
     assert torch.allclose(shapley.grid.sum((1, 2)), gap, atol=1e-3 * float(gap.abs().max()) + 1e-5)
-    gradients = attribution.attribute(model, features, target, baseline=base)
+    gradients = attribution.attribute(model, features, target, baseline=base, limit=32)
     missed = (gradients.grid.sum((1, 2)) - gap).abs() / gap.abs()
     assert torch.allclose(missed, gradients.error, atol=1e-3)
     assert torch.allclose(gradients.channels.sum(1), gradients.grid.sum((1, 2)), atol=1e-4)
@@ -132,21 +131,26 @@ def test_steps_grow_until_the_integral_converges(features, caplog):
     assert not caplog.records
 
 
-def test_a_map_that_does_not_converge_is_told(features, caplog, monkeypatch):
-    monkeypatch.setattr(attribution, "LIMIT", 1)
-    maps = attribution.attribute(Additive(bend=50.0), features, "x", steps=1)
+def test_a_map_that_does_not_converge_is_told(features, caplog):
+    maps = attribution.attribute(Additive(bend=50.0), features, "x", steps=1, limit=1)
     assert (maps.error > attribution.TOLERANCE).all()
-    assert "4 of 4 maps (x) miss more than 5%" in caplog.text
+    assert "4 of 4 maps (x) miss more than 5% of f(x) - f(baseline) after 1 steps" in caplog.text
+
+
+def test_steps_are_taken_as_they_are_where_nothing_is_to_converge(features, caplog):
+    maps = attribution.attribute(Additive(bend=50.0), features, "x", steps=1, limit=0)
+    assert (maps.error > attribution.TOLERANCE).all() and (maps.steps == 1).all()
+    assert not caplog.records
 
 
 def test_small_parts_give_the_same_maps(model, images, monkeypatch):
-    monkeypatch.setattr(attribution, "LIMIT", 8)
     features = attribution.encode(model, images[:2])
+    given = {"steps": 4, "limit": 8, "permutations": 1}
     for method in attribution.METHODS[:5]:
-        whole = attribution.attribute(model, features, "pitch", method, steps=4, permutations=1)
+        whole = attribution.attribute(model, features, "pitch", method, **given)
         with monkeypatch.context() as patch:
             patch.setattr(attribution, "MEMORY", 0)  # one row at once
-            alone = attribution.attribute(model, features, "pitch", method, steps=4, permutations=1)
+            alone = attribution.attribute(model, features, "pitch", method, **given)
         if method != "shapley":  # draws other permutations for other parts
             assert torch.allclose(whole.grid, alone.grid, atol=1e-4)
 
@@ -256,10 +260,6 @@ def test_shares_of_both_sorts_meet_on_the_grid():
     share = torch.tensor([[0.1, 0.2, 0.0, 0.0, 0.4, 0.0]])  # four cells, two channels
     grid = attribution.to_grid(share, features, "both")
     assert torch.allclose(grid[0], torch.tensor([[0.4, 0.2], [0.0, 0.1]]))
-    assert attribution.channel_scores(share, features, "both").tolist() == share[:, 4:].tolist()
-    assert attribution.channel_scores(share, features, "channel") is share
-    with pytest.raises(ValueError, match="is unknown"):
-        attribution.channel_scores(share, features, "patch")
 
 
 @pytest.mark.parametrize(
@@ -313,24 +313,25 @@ def test_attention_grids(model, images, kind):
 def test_deletion_curve_of_an_additive_model(additive, features):
     base = torch.zeros(1, C, H, H)
     grid = attribution.attribute(additive, features, "x", baseline=base).grid
-    found = faithfulness.curves(additive, features, grid, ["x"], base)
-    assert found.share.tolist() == [k / 9 for k in range(10)]
+    share, found = faithfulness.curves(additive, features, {("true", "x"): grid}, ["x"], base)
+    deletion, insertion = found["true", "x"]
+    assert share.tolist() == [k / 9 for k in range(10)]
     order = grid.flatten(1).abs().argsort(1, descending=True)
     gone = torch.cumsum(grid.flatten(1).gather(1, order), 1)
     zero = torch.zeros(4, 1)
-    assert torch.allclose(found.deletion[0], torch.cat((zero, gone), 1).abs(), atol=1e-5)
+    assert torch.allclose(deletion, torch.cat((zero, gone), 1).abs(), atol=1e-5)
     left = torch.cat((gone[:, -1:], gone[:, -1:] - gone), 1)
-    assert torch.allclose(found.insertion[0], left.abs(), atol=1e-5)
+    assert torch.allclose(insertion, left.abs(), atol=1e-5)
 
 
 def test_a_true_map_has_better_curves_than_its_reverse(additive, features):
     additive.weight = additive.weight.abs()
     base = torch.zeros(1, C, H, H)
     grid = attribution.attribute(additive, features, "x", baseline=base).grid
-    true = faithfulness.curves(additive, features, grid, ["x"], base, points=5)
-    false = faithfulness.curves(additive, features, 1 / grid, ["x"], base, points=5)
-    assert (true.deletion.mean(-1) > false.deletion.mean(-1)).all()
-    assert (true.insertion.mean(-1) < false.insertion.mean(-1)).all()
+    maps = {("true", "x"): grid, ("false", "any"): 1 / grid}
+    _, found = faithfulness.curves(additive, features, maps, ["x"], base, points=5)
+    true, false = (found[name, "x"].mean(-1) for name in ("true", "false"))
+    assert (true[0] > false[0]).all() and (true[1] < false[1]).all()
 
 
 def test_infidelity_is_captums(additive, features):

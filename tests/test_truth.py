@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dreamer import faithfulness, truth
+from dreamer import attribution, faithfulness, truth
 from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.phantom import STRUCTURES
@@ -19,41 +19,91 @@ NAMES = ("left_ventricle", "septum", "mitral_valve", "left_atrium", "lung", "rib
 
 @pytest.fixture
 def made():
-    """One frame of 4 x 4 pixels on a 2 x 2 grid: ventricle, septum above; lung, atrium below."""
+    """One frame of 4 x 4 pixels on a 2 x 2 grid: ventricle, septum above; lung, atrium below. All
+    but the ribs, in none, have been taken away, which changed nothing but themselves."""
     labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
     labels[0, :2, :2], labels[0, :2, 2:] = 1, 2
     labels[0, 2:, :2], labels[0, 2:, 2:] = 5, 4
-    return truth.Truth(labels, NAMES, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), {})
+    gone = {name: (np.array([0]), 10 * (labels == 1 + NAMES.index(name))[None].to(torch.uint8))
+            for name in ("left_ventricle", "septum", "left_atrium", "lung")}  # fmt: skip
+    return truth.Truth(labels, NAMES, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), gone)
 
 
 def test_scores_of_a_made_map(made):
-    filled = truth.occupancy(made, (2, 2))
-    assert filled[0, 0].tolist() == [[1, 0], [0, 0]] and filled[0, 4].tolist() == [[0, 0], [1, 0]]
+    known = truth.anatomy(made, (2, 2))
+    assert known.filled[0, 0].tolist() == [[1, 0], [0, 0]]
+    assert known.filled[0, 4].tolist() == [[0, 0], [1, 0]]
+    assert known.dose[0, 0].tolist() == [[10, 0], [0, 0]] and known.dose[0, 5].isnan().all()
     grid = torch.tensor([[[-4.0, 2.0], [3.0, 1.0]]])
-    moved = torch.tensor([[5.0, 2.0, torch.nan, 1.0, 3.0, 99.0]])  # ranks as the map; ribs aside
-    found = truth.against_truth(grid, filled, moved, made)
+    moved = torch.tensor([[5.0, 2.0, torch.nan, 1.0, 3.0, 99.0]])  # ribs aside
+    found = truth.against_truth(grid, known, moved)
     assert found["pointing"] == [1] and found["decisive"] == [1]  # the top cell is the ventricle
     assert found["mass"] == pytest.approx([(7 / 10) / (3 / 4)])
     assert found["rank"] == pytest.approx([2 / 3])  # of the three top cells one is lung
-    assert found["counterfactual"] == pytest.approx([1])
-    wrong = truth.against_truth(1 / grid, filled, moved, made)
-    assert wrong["counterfactual"] == pytest.approx([-1]) and wrong["decisive"] == [0]
+    assert np.isnan(found["counterfactual"])  # four structures are too few
+    assert truth.against_truth(1 / grid, known, moved)["decisive"] == [0]
 
 
 def test_a_flat_map_points_nowhere(made):
-    filled = truth.occupancy(made, (2, 2))
-    found = truth.against_truth(torch.ones(1, 2, 2), filled, torch.rand(1, 6), made)
+    known = truth.anatomy(made, (2, 2))
+    found = truth.against_truth(torch.ones(1, 2, 2), known, torch.rand(1, 6))
     assert all(np.isnan(found[m]).all() for m in ("pointing", "rank", "decisive"))
     assert found["mass"] == pytest.approx([1])
 
 
+def test_partial_rank_by_hand():
+    given = np.array([[1.0, 2, 3, 4, 5]])
+    one, other = np.array([[1.0, 3, 2, 5, 4]]), np.array([[2.0, 1, 4, 3, 5]])
+    # each correlates 0.8 with `given`, and 0.3 with the other: (0.3 - 0.64) / (1 - 0.64)
+    assert truth.partial_rank(one, other, given) == pytest.approx(-17 / 18)
+    assert truth.partial_rank(one, one, given) == pytest.approx(1)
+    assert truth.partial_rank(given, other, given) == [0]  # tells no more than `given`
+    assert np.isnan(truth.partial_rank(one, given, given))  # nothing more to tell
+    assert np.isnan(truth.partial_rank(one[:, :4], other[:, :4], given[:, :4]))
+    holes = [np.append(v, [[np.nan]], 1) for v in (one, other)]
+    assert truth.partial_rank(*holes, np.append(given, [[9]], 1)) == pytest.approx(-17 / 18)
+
+
+@pytest.fixture
+def anatomy():
+    """2,000 frames with ten structures that lie anywhere and take from one cell to thirty."""
+    draw = torch.Generator().manual_seed(0)
+    size = torch.linspace(1, 30, 10).long()
+    order = torch.rand(2000, 10, 49, generator=draw).argsort(-1).argsort(-1)
+    dose = (order < size[:, None]).float().view(2000, 10, 7, 7)
+    return truth.Anatomy(("lung", *map(str, range(9))), dose, 8 * dose), draw
+
+
+def test_counterfactual_agreement_is_not_earned_by_size(anatomy):
+    known, draw = anatomy
+    weight = torch.rand(2000, 7, 7, generator=draw)  # how far each cell really moves the answer
+    sign = torch.rand(2000, 7, 7, generator=draw).sub(0.5).sign()
+    moved = (weight[:, None] * known.dose).sum((2, 3))
+    random = torch.rand(2000, 7, 7, generator=draw)
+    told = (random[:, None] * known.dose).sum((2, 3))
+    earned = truth.partial_rank(told, moved, torch.rand(2000, 10, generator=draw))
+    assert earned.mean() > 0.7  # what a random map would earn by size alone
+
+    def agreement(grid):
+        return np.nanmean(truth.against_truth(grid, known, moved)["counterfactual"])
+
+    assert agreement(weight) == pytest.approx(1) and agreement(-3 * weight * sign) > 0.99
+    assert agreement(torch.ones(2000, 7, 7)) == 0
+    for other in (random, torch.randn(2000, 7, 7, generator=draw), random**8):
+        assert abs(agreement(other)) < 0.03
+    assert agreement(1 - weight) < -0.2
+
+
 def test_relevance_by_structure(made):
-    table = truth.by_structure(
-        {("ablation", "x"): torch.tensor([[[4.0, -2.0], [3.0, 1.0]]])}, made, np.array(["p"])
-    ).set_index(["measure", "structure"])["value"]
+    known, moved = truth.anatomy(made, (2, 2)), torch.full((1, 6), torch.nan)
+    moved[0, 1] = -5.0
+    grid = torch.tensor([[[4.0, -2.0], [3.0, 1.0]]])
+    table = truth.by_structure(grid, known, np.array(["p"]), moved)
+    table = table.set_index(["measure", "structure"])["value"]
     assert table["mass", "left_ventricle"] == pytest.approx(4 / 10 / (1 / 4))
-    assert table["told", "septum"] == pytest.approx(2)
-    assert "mitral_valve" not in table["mass"]
+    assert table["told", "septum"] == pytest.approx(2 / 2.5)
+    assert table["moved", "septum"] == pytest.approx(5 / 2.5)  # mm for each grey level in the mean
+    assert "mitral_valve" not in table["mass"] and list(table["moved"].index) == ["septum"]
 
 
 def test_what_lies_behind_a_rib_is_in_its_shadow():
@@ -63,7 +113,7 @@ def test_what_lies_behind_a_rib_is_in_its_shadow():
     assert dark[30:, 28].all() and not dark[:20].any()
     assert not dark[40, 10] and not dark[40, 45]
     known = truth.Truth(labels, NAMES, labels[:, None], {})
-    filled = truth.occupancy(known, (7, 7))[0, 0]
+    filled = truth.anatomy(known, (7, 7)).filled[0, 0]
     assert filled[0, 0] == 1 and filled[5, 3] < 0.5
 
 
@@ -91,6 +141,11 @@ def test_unseen_frames_and_their_truth(phantom):
     run, data, model, parts = phantom
     sample = truth.unseen([run], data, 4)
     assert set(sample.group) == set(parts["test"]) and len(sample.images) == 4
+    assert set(sample.take(slice(2)).group) == set(parts["test"])  # one of each first
+    near = truth.nearest(sample, 2)
+    assert set(sample.group[near]) == set(parts["test"])
+    away = sample.pose.norm(dim=1)
+    assert all(away[k] == away[sample.group == sample.group[k]].min() for k in near)
     known = truth.truth(sample)
     assert torch.equal(known.whole, sample.images)
     assert known.structures == STRUCTURES and known.labels.shape == (4, 48, 48)
@@ -108,19 +163,33 @@ def test_scores_are_tidy_and_repeat(phantom):
     run, data, model, _ = phantom
     sample = truth.unseen([run], data, 3)
     known = truth.truth(sample)
-    methods = ["gradient_x_activation", "rollout", *faithfulness.CONTROLS]
-    grids = faithfulness.explain(model, sample, methods, ["x", "yaw"])
-    one, two = (faithfulness.score(model, sample, grids, ["x", "yaw"], known) for _ in range(2))
+    targets, methods = ["x", "yaw"], ["gradient_x_activation", "rollout", *faithfulness.CONTROLS]
+    seen = faithfulness.view(model, sample)
+    grids = faithfulness.explain(seen, methods, targets)
+    facts = truth.anatomy(known, seen.features.shape[2:]), truth.changes(model, known, targets)
+    (one, lines), (two, _) = (faithfulness.score(seen, grids, targets, *facts) for _ in range(2))
     pd.testing.assert_frame_equal(one, two)
+    assert set(lines.kind) == {"deletion", "insertion"} and lines.share.max() == 1
     assert set(one.measure) == set(faithfulness.MEASURES) - {"sensitivity"}
     assert set(one.target) == {"x", "yaw"} and np.isfinite(one.value).all()
-    blind = faithfulness.score(model, sample, grids, ["x"], None)
+    blind, _ = faithfulness.score(seen, grids, ["x"])
     assert set(blind.measure) == {"deletion", "insertion", "infidelity"}
-    reading = faithfulness.reading(model, sample)
+    reading = faithfulness.reading(seen)
     assert reading.value.between(0, 1 + 1e-6).all() and len(reading) == 3 * 1 * 2 * 2
-    fallen = faithfulness.randomisation(model, sample, ["gradient_x_activation"], "x", 2)
+    fallen = faithfulness.randomisation(seen.take(slice(2)), ["gradient_x_activation"], "x")
     assert fallen.depth.max() == 4 + len(model.backbone.stages)
     assert not (fallen.value[fallen.depth == fallen.depth.max()] > 0.999).all()
+
+
+def test_checks_of_few_frames(phantom):
+    run, data, model, _ = phantom
+    seen = faithfulness.view(model, truth.unseen([run], data, 4)).take(slice(2))
+    quick = ["integrated_gradients", "rollout"]
+    slow = faithfulness.slow_scores(seen, quick, ["x"])
+    assert set(slow.method[slow.measure == "sensitivity"]) == set(quick)
+    assert set(slow.method[slow.measure == "deletion"]) == set(faithfulness.SLOW)
+    based = faithfulness.baselines(seen, "x")
+    assert set(based.pair[based.measure == "missed"]) == set(attribution.BASELINES)
 
 
 def test_data_without_truth_are_no_error(phantom, tmp_path):

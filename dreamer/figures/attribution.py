@@ -33,7 +33,6 @@ LONG = {  # words for the tables' names
     "random": "control: random",
     "edges": "control: edges",
     "centre": "control: centre",
-    "even": "control: even",
 }
 MEASURED = {
     "deletion": "deletion area →",
@@ -171,38 +170,39 @@ def across(
 
 
 def sheet(
-    image: NDArray, maps: Mapping[str, Mapping[str, NDArray]], unit: str, limit: float | None = None
+    images: NDArray,
+    maps: Mapping[str, Mapping[str, NDArray | None]],
+    unit: str,
+    limit: float | None = None,
 ) -> Figure:
-    """One frame under many maps, a row of maps for each name; one scale for all (or `limit`)."""
+    """A row of maps for each name, all on one scale (or `limit`); a map that is None shows the
+    frame with its grid. `images`: one frame [S, S] for all, or one for each column [K, S, S]."""
     columns = max(len(row) for row in maps.values())
     size = min(1.9, 11 / columns)
-    fig, axes = plt.subplots(len(maps), columns, squeeze=False,
-                             figsize=(size * columns + 0.9, (size + 0.4) * len(maps)))  # fmt: skip
-    values = [m for row in maps.values() for m in row.values()]
-    limit = limit or _limit(values)
+    whole = size * columns + 0.9, (size + 0.2) * len(maps) + 0.3
+    fig, axes = plt.subplots(len(maps), columns, squeeze=False, figsize=whole)
+    values = [m for row in maps.values() for m in row.values() if m is not None]
+    limit, above = limit or _limit(values), []
     for line, (name, row) in zip(axes, maps.items(), strict=True):
         for ax in line[len(row) :]:
             ax.set_visible(False)
-        for ax, (title, grid) in zip(line, row.items(), strict=False):
-            overlay(ax, image, grid, limit, textwrap.fill(title, 14))
+        for k, (ax, (title, grid)) in enumerate(zip(line, row.items(), strict=False)):
+            image, said = images if images.ndim == 2 else images[k], textwrap.fill(title, 14)
+            said = "" if list(row) == above else said
+            if grid is None:
+                show(ax, image, said, values[0].shape)
+            else:
+                overlay(ax, image, grid, limit, said)
         line[0].set_ylabel(name, color=COLOURS.get(name, "black"))
+        above = list(row)
     _bar(fig, axes, limit, any((m < 0).any() for m in values), unit)
     return fig
 
 
 def strip(images: NDArray, maps: Mapping[str, NDArray], titles: Sequence[str], unit: str) -> Figure:
     """Frames [K, S, S] from left to right, below each its maps (name -> [K, h, w]); one scale."""
-    count, limit = len(images), _limit(list(maps.values()))
-    fig, axes = plt.subplots(1 + len(maps), count, squeeze=False,
-                             figsize=(1.45 * count + 0.9, 1.5 * (1 + len(maps)) + 0.3))  # fmt: skip
-    for k in range(count):
-        show(axes[0, k], images[k], titles[k], next(iter(maps.values())).shape[1:])
-        for line, values in zip(axes[1:], maps.values(), strict=True):
-            overlay(line[k], images[k], values[k], limit)
-    for line, name in zip(axes, ["frame", *maps], strict=True):
-        line[0].set_ylabel(name, color=COLOURS.get(name, "black"))
-    _bar(fig, axes[1:], limit, any((m < 0).any() for m in maps.values()), unit)
-    return fig
+    rows = {name: dict(zip(titles, values, strict=True)) for name, values in maps.items()}
+    return sheet(images, {"frame": dict.fromkeys(titles), **rows}, unit)
 
 
 def channels(image: NDArray, maps: Mapping[str, tuple[NDArray, NDArray, NDArray]]) -> Figure:
@@ -334,8 +334,8 @@ def decay(table: pd.DataFrame, threshold: float) -> Figure:
 
 
 def structures(table: pd.DataFrame, unit: str) -> Figure:
-    """Left: relevance per structure over its share of the area. Right: what a map says of a
-    structure against what happens without it.
+    """Left: relevance per structure over its share of the area. Right: how strong a map is where a
+    structure's going changes the picture, against how far the answer moves for that change.
 
     `table`: variant, structure, measure (mass, told, moved), mean, low, high.
     """
@@ -345,7 +345,6 @@ def structures(table: pd.DataFrame, unit: str) -> Figure:
     for shift, (variant, rows) in zip((-0.16, 0.16), _variants(mass), strict=False):
         y = [order.index(s) - shift for s in rows["structure"]]
         _dots(left, rows, y, COLOURS[variant], variant)
-    left.axvline(1, color=COLOURS["neutral"], ls="--", lw=1)
     left.set_yticks(range(len(order)), [words(s) for s in order])
     left.set_xlabel("share of the map / share of the visible area")
     left.legend(loc="lower right")
@@ -356,9 +355,11 @@ def structures(table: pd.DataFrame, unit: str) -> Figure:
         for name in rows["moved"].nlargest(3).index:
             right.annotate(words(name), rows.loc[name, ["told", "moved"]], fontsize=7,
                            xytext=(4, 2), textcoords="offset points")  # fmt: skip
-    right.set(xscale="log", yscale="log")
-    right.set_xlabel(f"what the map says of it, mean |sum of its cells| ({unit})")
-    right.set_ylabel(f"what happens without it,\nmean |change of the answer| ({unit})")
+    for ax in (left, right):
+        ax.axvline(1, color=COLOURS["neutral"], ls="--", lw=1)
+    right.set(yscale="log")
+    right.set_xlabel("the map where the picture changes without it / its mean")
+    right.set_ylabel(f"|change of the answer| without it\n({unit} per grey level of change)")
     return fig
 
 
