@@ -130,11 +130,40 @@ def parameterised(root: Path, notebook: str, target: Path, **values) -> Path:
     return target
 
 
+def run_all(browser, address: str, done: Path):
+    """Open a notebook in JupyterLab, run all its cells and wait for the file `done`; the view."""
+    view = browser.new_page(viewport={"width": 1400, "height": 1000})
+    view.set_default_timeout(120_000)  # generous: other work may share the machine
+    view.goto(address)
+    view.locator(".jp-NotebookPanel-toolbar").wait_for()
+    idle = view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    idle.wait_for()
+    for _ in range(4):  # a click in the moment the kernel's connection is renewed is lost
+        view.wait_for_timeout(2000)
+        view.get_by_role("menuitem", name="Run", exact=True).click()
+        view.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        for _ in range(120):
+            view.wait_for_timeout(500)
+            assert not view.locator(".jp-RenderedText .ansi-red-fg").count(), "a cell failed"
+            if done.exists():
+                idle.wait_for()
+                return view
+    raise AssertionError(f"{done} did not come")
+
+
+def scroll_to(view, found) -> None:
+    """Down the notebook until `found()`; Lab draws only the cells in sight."""
+    panel = view.locator(".jp-WindowedPanel-outer").first
+    for height in range(0, 12_000, 200):
+        panel.evaluate("(element, height) => { element.scrollTop = height }", height)
+        view.wait_for_timeout(200)
+        if found():
+            break
+
+
 @pytest.mark.slow
 def test_training_notebook_in_jupyterlab(browser, root, lab, tmp_path):
     notebook = root / "notebooks" / "02_train.ipynb"
-    if not notebook.exists():
-        pytest.skip("notebooks/02_train.ipynb is not there yet")
     import yaml
 
     from dreamer.phantom import generate
@@ -145,32 +174,12 @@ def test_training_notebook_in_jupyterlab(browser, root, lab, tmp_path):
         root, notebook.name, tmp_path / "work" / "02_train.ipynb", **smoke, data=str(data),
         token_type="channel", run=str(tmp_path / "run"), output=str(tmp_path / "figures"),
     )  # fmt: skip
-    view = browser.new_page(viewport={"width": 1400, "height": 1000})
-    view.set_default_timeout(120_000)  # generous: other work may share the machine
-    view.goto(lab.format("work/02_train.ipynb"))
-    view.locator(".jp-NotebookPanel-toolbar").wait_for()
-    view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-    table = tmp_path / "figures" / "02_accuracy.csv"
-    for _ in range(4):  # a click in the moment the kernel's connection is renewed is lost
-        view.wait_for_timeout(2000)
-        view.get_by_role("menuitem", name="Run", exact=True).click()
-        view.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        for _ in range(120):
-            view.wait_for_timeout(500)
-            assert not view.locator(".jp-RenderedText .ansi-red-fg").count(), "a cell failed"
-            if table.exists():
-                break
-        if table.exists():
-            break
-    view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-    panel = view.locator(".jp-WindowedPanel-outer").first
-    for height in range(0, 12_000, 300):  # Lab draws only the cells in sight
-        panel.evaluate("(element, height) => { element.scrollTop = height }", height)
-        view.wait_for_timeout(200)
-        if "translation" in " ".join(view.locator(".jp-OutputArea table").all_inner_texts()):
-            break
-    assert view.locator(".jp-OutputArea table").count(), "no table was shown"
-    view.locator(".jp-OutputArea table").last.scroll_into_view_if_needed()
+    done = tmp_path / "figures" / "02_accuracy.csv"
+    view = run_all(browser, lab.format("work/02_train.ipynb"), done)
+    tables = view.locator(".jp-OutputArea table")
+    scroll_to(view, lambda: "translation" in " ".join(tables.all_inner_texts()))
+    assert tables.count(), "no table was shown"
+    tables.last.scroll_into_view_if_needed()
     shot = tmp_path / "lab.png"
     view.screenshot(path=shot)
     assert shot.stat().st_size > 10_000
@@ -206,32 +215,10 @@ def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, tmp_path):
         root, "09_explore.ipynb", tmp_path / "work" / "09_explore.ipynb", runs=runs,
         data=str(tmp_path / "none"), output=str(tmp_path / "figures"),
     )  # fmt: skip
-    view = browser.new_page(viewport={"width": 1400, "height": 1000})
-    view.set_default_timeout(120_000)
-    view.goto(lab.format("work/09_explore.ipynb"))
-    view.locator(".jp-NotebookPanel-toolbar").wait_for()
-    idle = view.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-    idle.wait_for()
     done = tmp_path / "figures" / "09_explore.png"  # the last cell's
-    for _ in range(4):  # a click in the moment the kernel's connection is renewed is lost
-        view.wait_for_timeout(2000)
-        view.get_by_role("menuitem", name="Run", exact=True).click()
-        view.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        for _ in range(120):
-            view.wait_for_timeout(500)
-            assert not view.locator(".jp-RenderedText .ansi-red-fg").count(), "a cell failed"
-            if done.exists():
-                break
-        if done.exists():
-            break
-    idle.wait_for()
-    panel = view.locator(".jp-WindowedPanel-outer").first
+    view = run_all(browser, lab.format("work/09_explore.ipynb"), done)
     button = view.get_by_role("button", name="go to the plane")
-    for height in range(0, 12_000, 200):  # Lab draws only the cells in sight
-        panel.evaluate("(element, height) => { element.scrollTop = height }", height)
-        view.wait_for_timeout(200)
-        if button.count():
-            break
+    scroll_to(view, button.count)
     button.scroll_into_view_if_needed()
     picture = view.locator(".jupyter-widgets.widget-image").first
     before = picture.get_attribute("src")

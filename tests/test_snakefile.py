@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -18,6 +19,7 @@ from scans import write_scan
 TRAIN = """import json, time
 from pathlib import Path
 Path(run).mkdir(parents=True, exist_ok=True)
+Path(run, "weights").write_bytes(bytes(model.get("size", 0)))
 for epoch in range(model.get("epochs", 2)):
     done = Path(run, f"{epoch}.json")
     if not done.exists():
@@ -32,39 +34,54 @@ rows = [p.read_text() for run in runs for p in sorted(Path(run).glob("*.json"))]
 Path(output, "07_rows.csv").write_text("row\\n" + "\\n".join(map(json.dumps, rows)))"""
 
 
-@pytest.fixture
-def project(root, tmp_path, make_notebook):
-    """A project folder with the real Snakefile, tiny notebooks and one scan."""
+COMMAND = [sys.executable, "-m", "dreamer.pipeline", "figures", "preset=smoke", "data=scans"]
+OUT = Path("data", "runs", "smoke-scans")
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory, make_notebook):
+    """A project folder with the real Snakefile, tiny notebooks and one scan; `make figures` ran."""
+    folder = tmp_path_factory.mktemp("finished")
     # The real one but for its promises: the tiny notebooks draw no figures.
     rules = re.sub(r'^    "0\d_\w+": \(".*\),\n', "", (root / "Snakefile").read_text(), flags=re.M)
-    (tmp_path / "Snakefile").write_text(rules)
-    books = tmp_path / "notebooks"
+    (folder / "Snakefile").write_text(rules)
+    books = folder / "notebooks"
     make_notebook(
         books / "02_train.ipynb",
-        "token_type = ''\ndata = ''\nrun = ''\nseed = 0\nmodel = {}",
+        "token_type = ''\ndata = ''\nrun = ''\nseed = 0\nmodel = {}\ntraining = {}",
         TRAIN,
     )
     make_notebook(books / "07_rows.ipynb", "runs = []\ndata = ''\noutput = ''", COMPARE)
     make_notebook(books / "08_extra.ipynb", "title = 'x'", "title")
-    (books / "parameters").mkdir()
-    (books / "parameters" / "smoke.yaml").write_text("model: {epochs: 2}\n")
-    scan = tmp_path / "scans" / "one"
+    preset(folder, "model: {epochs: 2}")
+    scan = folder / "scans" / "one"
     scan.mkdir(parents=True)
     (scan / "transitions_dataset.json").write_text("[]")
-    return tmp_path
+    first = make_figures(folder)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert {"train", "notebook_07_rows", "notebook_08_extra", "page"} <= set(jobs(first))
+    return folder
 
 
-COMMAND = [sys.executable, "-m", "dreamer.pipeline", "figures", "preset=smoke", "data=scans"]
+@pytest.fixture
+def project(finished, tmp_path):
+    """A copy of the finished project."""
+    return shutil.copytree(finished, tmp_path / "project")
 
 
-def make_figures(project, *more, **options):
+def preset(project, text):
+    (project / "notebooks" / "parameters").mkdir(exist_ok=True)
+    (project / "notebooks" / "parameters" / "smoke.yaml").write_text(text)
+
+
+def make_figures(project, *more):
     return subprocess.run(
-        [*COMMAND, *more], cwd=project, capture_output=True, text=True, timeout=240, **options
+        [*COMMAND, *more], cwd=project, capture_output=True, text=True, timeout=580
     )
 
 
 def jobs(result):
-    """Names of the rules that ran."""
+    """Names of the rules that ran, or would."""
     words = [line.split() for line in (result.stdout + result.stderr).splitlines()]
     return [w[1].rstrip(":") for w in words if w[:1] in (["rule"], ["localrule"])]
 
@@ -76,26 +93,55 @@ def wait_for(path, process, seconds=90):
         time.sleep(0.05)
 
 
-def test_order_reruns_and_config(project):
-    first = make_figures(project)
-    assert first.returncode == 0, first.stderr[-3000:]
-    out = project / "data" / "runs" / "smoke-scans"
-    rows = (out / "figures" / "07_rows.csv").read_text()
+def test_every_step_leaves_its_files(finished):
+    rows = (finished / OUT / "figures" / "07_rows.csv").read_text()
     assert all(word in rows for word in ("patch", "channel"))
-    assert (out / "figures" / "index.html").stat().st_size
-    assert (out / "notebooks" / "02_train-channel-seed0.ipynb").stat().st_size
+    assert (finished / OUT / "figures" / "index.html").stat().st_size
+    assert (finished / OUT / "notebooks" / "02_train-channel-seed0.ipynb").stat().st_size
+
+
+def test_nothing_runs_twice(finished):
     start = time.monotonic()
-    again = make_figures(project)
+    again = make_figures(finished)
     assert again.returncode == 0 and jobs(again) == []
     assert time.monotonic() - start < 20
-    # A parameter of one notebook reruns this one and the page, and no other.
-    (project / "notebooks" / "parameters" / "smoke.yaml").write_text(
-        "model: {epochs: 2}\ntitle: y\n"
-    )
-    changed = make_figures(project)
-    assert sorted(set(jobs(changed)) - {"all"}) == ["notebook_08_extra", "page"]
-    refused = make_figures(project, "sede=1")
-    assert refused.returncode and "config sede is unknown" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "rerun"),
+    [("model: {epochs: 2}\ntitle: y", {"notebook_08_extra", "page"}),
+     ("model: {epochs: 3}", {"train", "notebook_07_rows", "page"})],
+)  # fmt: skip
+def test_a_parameter_reruns_exactly_what_depends_on_it(project, text, rerun):
+    preset(project, text)
+    changed = make_figures(project, "--dry-run")
+    assert set(jobs(changed)) - {"all"} == rerun
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [("sede=1", "config sede is unknown"), ("preset=none", "config preset=none is unknown"),
+     ("folds=5", "folds=5 needs data=... with as many scans"), ("seeds=0", "seeds=0")],
+)  # fmt: skip
+def test_settings_are_checked(finished, setting, told):
+    refused = make_figures(finished, setting)
+    assert refused.returncode and told in refused.stderr
+
+
+def test_own_data_sizes_seeds_and_folds(project):
+    for name in ("two", "three"):
+        shutil.copytree(project / "scans" / "one", project / "scans" / name)
+    told = make_figures(project, "seeds=2", "folds=3", "--dry-run", "--printshellcmds")
+    text = told.stdout + told.stderr
+    assert jobs(told).count("train") == 2 * 3 * 2  # variants, folds, seeds
+    for fold, (test, val) in enumerate((("one", "three"), ("three", "two"), ("two", "one"))):
+        assert f"patch-fold{fold}-seed1" in text
+        assert re.search(rf'"test": \["{test}"\], "val": \["{val}"\]', text), fold
+    # People whom no run has seen: any notebook but the comparison reads the runs of one fold.
+    (command,) = [
+        line for line in text.splitlines() if "notebooks/07_rows.ipynb --executed" in line
+    ]
+    assert command.count("-fold0-seed") == 2 * 2 and "-fold1-" not in command
 
 
 def test_failing_step_is_named_and_kept(project, make_notebook):
@@ -103,23 +149,45 @@ def test_failing_step_is_named_and_kept(project, make_notebook):
     result = make_figures(project)
     text = result.stdout + result.stderr
     assert result.returncode and "cell 3 failed: ZeroDivisionError" in text
-    kept = project / "data" / "runs" / "smoke-scans" / "notebooks" / "07_rows.ipynb"
-    assert "ZeroDivisionError" in json.dumps(json.loads(kept.read_text())["cells"])
+    kept = json.loads((project / OUT / "notebooks" / "07_rows.ipynb").read_text())
+    assert "ZeroDivisionError" in json.dumps(kept["cells"])
+
+
+def test_a_full_disk_stops_it_and_it_goes_on(finished, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk to fill needs root and the right to mount it")
+    try:
+        project = shutil.copytree(finished, tmp_path / "project")
+        shutil.rmtree(project / "data")
+        preset(project, "model: {epochs: 2, size: 1000000}")  # two trainings, a megabyte each
+        free = shutil.disk_usage(project).free
+        (tmp_path / "ballast").write_bytes(bytes(free - 1_500_000))
+        full = make_figures(project)
+        assert full.returncode and "No space left on device" in full.stdout + full.stderr
+        assert not (project / OUT / "figures" / "07_rows.csv").exists()
+        (tmp_path / "ballast").unlink()
+        again = make_figures(project)
+        assert again.returncode == 0, again.stderr[-3000:]
+        rows = [(folder / OUT / "figures" / "07_rows.csv") for folder in (finished, project)]
+        assert rows[0].read_text() == rows[1].read_text()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_training_leaves_nothing_behind(project, blow):
-    (project / "notebooks" / "08_extra.ipynb").unlink()
-    slow = project / "notebooks" / "parameters" / "smoke.yaml"
-    slow.write_text("model: {epochs: 3, pause: 3.0}\n")
-    run = project / "data" / "runs" / "smoke-scans" / "patch-seed0"
+    shutil.rmtree(project / "data")
+    preset(project, "model: {epochs: 3, pause: 3.0}")
+    run = project / OUT / "patch-seed0"
     process = start(project)
     wait_for(run / "0.json", process)
-    second = make_figures(project)
-    assert second.returncode == 1 and "already running here" in second.stderr and not jobs(second)
     if blow == signal.SIGINT:  # a terminal signals the whole group
         os.killpg(process.pid, blow)
     else:
+        second = make_figures(project)
+        assert second.returncode == 1 and "already running here" in second.stderr
+        assert not jobs(second)
         process.terminate()
     assert process.wait(60) != 0
     assert not (run / "2.json").exists()
