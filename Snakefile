@@ -3,7 +3,7 @@
     make figures                                      the default, behind a lock
     make figures CONFIG="preset=full seeds=5"         other sizes
     make figures CONFIG="data=../my_scans folds=5"    one's own scans
-    make figures ABLATIONS=1                          the options' study too, up to 15 minutes more
+    make figures ABLATIONS=1                          the options' study too, some 55 short trainings
     snakemake --profile profiles/slurm                the same on a cluster
 
 A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
