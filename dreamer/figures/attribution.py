@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from dreamer.figures import COLOURS
+from dreamer.figures import COLOURS, whiskers
 
 UP, DOWN = "#FFC20A", "#1E90FF"
 SIGNED = LinearSegmentedColormap.from_list("signed", [DOWN, "#000000", UP])
@@ -83,7 +83,7 @@ def outline(ax: Axes, labels: NDArray, number: int) -> None:
 
 def _dots(ax: Axes, rows: pd.DataFrame, places: Sequence[float], colour: str, label: str):
     """Means with their intervals, lying across the lines `places`."""
-    error = np.stack((rows["mean"] - rows["low"], rows["high"] - rows["mean"]))
+    error = whiskers(rows, "mean")
     ax.errorbar(rows["mean"], places, xerr=error, fmt="o", ms=4, lw=1.2, color=colour, label=label)
 
 
@@ -231,7 +231,7 @@ def reading(table: pd.DataFrame) -> Figure:
         for shift, (variant, part) in zip((-0.1, 0.1), table[table.measure == measure].groupby(
             "variant", sort=False), strict=False):  # fmt: skip
             place = part["layer"] + shift + (part["head"] - part["head"].mean()) * 0.02
-            error = np.stack((part["mean"] - part["low"], part["high"] - part["mean"]))
+            error = whiskers(part, "mean")
             ax.errorbar(place, part["mean"], error, fmt="o", ms=4, lw=1, label=variant,
                         color=COLOURS[variant])  # fmt: skip
         ax.set(xlabel="layer", title=measure, xticks=sorted(set(table["layer"])))

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from dreamer.figures import COLOURS, LIMIT
+from dreamer.figures import COLOURS, LIMIT, whiskers
 
 STYLES = {"follow": ":", "average": "-", "plan": "--"}
 CONTROL = {"stay": "#999999", "random": "#E69F00", "mean": "#000000", "oracle": COLOURS["truth"]}
@@ -82,9 +82,7 @@ def by_step(table: pd.DataFrame) -> Figure:
 
 def _bars(ax: plt.Axes, x, y, line: pd.DataFrame, axis: str, **looks) -> None:
     """Shares in per cent with their intervals along `axis`."""
-    low, high = line["value"] - line["low"], line["high"] - line["value"]
-    spread = {f"{axis}err": 100 * np.nan_to_num([low, high]).clip(0)}
-    ax.errorbar(x, y, **spread, ms=5, **looks)
+    ax.errorbar(x, y, **{f"{axis}err": whiskers(line, scale=100)}, ms=5, **looks)
 
 
 def arrivals(table: pd.DataFrame) -> Figure:
