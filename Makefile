@@ -21,7 +21,7 @@ figures: $(STAMP)
 
 test: lint
 	@echo "== tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(STAMP)
 	@echo "== lint: code and notebooks"
@@ -44,7 +44,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@rm -f .venv/installed-*
 	@mkdir -p .venv && touch .venv/installing && $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	@$(BIN)/uv pip install --python $(BIN)/python --quiet -r requirements.txt
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -r requirements.txt
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps -e .
 	@touch $@ && rm .venv/installing
 

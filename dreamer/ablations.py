@@ -6,6 +6,8 @@ is not made by the choice. Holm's correction: Holm, Scand. J. Statist. 1979.
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -75,6 +77,16 @@ def plan(
     return runs, refused
 
 
+def _end_with_parent() -> None:
+    """In a worker: a study that is killed takes its trainings along."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _train(run: Run, data: str, patients: Mapping[str, str] | None) -> None:
     """Train, or go on with, one run, and keep its predictions on the test people."""
     torch.set_num_threads(1)
@@ -106,7 +118,7 @@ def train(
     todo = [run for run in {run.folder: run for run in runs}.values() if not finished(run)]
     # Not forked: PyTorch's thread pools do not survive that.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, workers), mp_context=context) as pool:
+    with ProcessPoolExecutor(max(1, workers), context, _end_with_parent) as pool:
         under_way = [pool.submit(_train, run, str(data), patients) for run in todo]
         try:
             for done in tqdm(as_completed(under_way), total=len(todo), desc="trainings"):

@@ -6,9 +6,7 @@ starts, are resampled for intervals. mm and degrees stay apart.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -33,7 +31,7 @@ from dreamer.navigation import (
     away,
     draw_start,
 )
-from dreamer.phantom import Patient
+from dreamer.phantom import Patient, crew
 from dreamer.training import load_run, write_whole
 
 SIGHTED, CONTROLS = ("follow", "average", "plan"), ("stay", "random", "mean", "oracle")
@@ -174,23 +172,10 @@ def navigate(
         for file, table in made.groupby("policy", sort=False):
             write_whole(file, table.drop(columns="policy").round(4).to_csv(index=False).encode())
 
-    with threads() as pool:
+    with crew(torch.get_num_threads()) as pool:
         list(tqdm(pool.map(make, jobs.items()), "navigation", len(jobs), unit="part"))
     tables = [pd.read_csv(file).assign(**told) for file, told in files]
     return pd.concat(tables, ignore_index=True).assign(target=target)
-
-
-@contextmanager
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, each computing alone: parts do not wait for one another."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)
 
 
 def score(table: pd.DataFrame) -> pd.DataFrame:

@@ -109,7 +109,7 @@ class ModelConfig(BaseModel):
     @property
     def fine(self) -> int:
         """Channels of the fine level, the stage before the last; 0 without `hierarchy`."""
-        return 0 if not self.hierarchy else 256 if self.backbone == "resnet34" else 4 * self.width
+        return 0 if not self.hierarchy else 256 if self.backbone == "resnet34" else 2 * self.width
 
     @property
     def tokens(self) -> int:
@@ -194,7 +194,7 @@ class Backbone(nn.Module):
                 nn.Conv2d(1, w, 5, stride=2, padding=2, bias=False), nn.MaxPool2d(2),
                 nn.GroupNorm(4, w), nn.ReLU(),
             )  # fmt: skip
-            self.stages = nn.ModuleList([stem, _Residual(w, 4 * w), _Residual(4 * w, c)])
+            self.stages = nn.ModuleList([stem, _Residual(w, 2 * w), _Residual(2 * w, c)])
         self.frozen, self.two_levels = config.freeze, config.hierarchy > 0
         for stage in self.stages[: self.frozen]:
             stage.requires_grad_(False)

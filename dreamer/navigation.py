@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dreamer import poses
 from dreamer.model import CardiacDreamer
-from dreamer.phantom import Patient, render, trajectories
+from dreamer.phantom import Patient, alone, render, trajectories
 from dreamer.phantom.render import check
 
 TOLERANCES = (5.0, 10.0)  # mm, and degrees
@@ -164,6 +164,10 @@ class Probes:
                                     target=self.target, size=self.size).image  # fmt: skip
         return image
 
+    def away(self) -> tuple[Tensor, Tensor]:
+        """Distance [B] in mm and angle [B] in degrees to the plane."""
+        return self.matrix[:, :3, 3].norm(dim=-1), _angle(self.matrix)
+
     def contact(self) -> Tensor:
         """The share [B] of each probe's face that touches the skin."""
         face = torch.linspace(-FACE, FACE, 19, dtype=torch.float64)
@@ -239,27 +243,25 @@ class ProbeEnv(gymnasium.Env):
     def step(self, action: NDArray):
         if self.probe is None:
             raise gymnasium.error.ResetNeeded("reset the environment before its first step")
-        before = self._left()
+        before = self.left
         self.probe.move(torch.as_tensor(np.asarray(action, float)).reshape(1, -1))
         self.count += 1
         image, info = self._look()
-        left = self._left()
-        return image, before - left, left <= 1, self.count >= self.config.steps, info
+        return image, before - self.left, self.left <= 1, self.count >= self.config.steps, info
 
     def render(self) -> NDArray[np.uint8]:
         """The frame [S, S, 3], grey."""
         return np.repeat(self.image[0][..., None], 3, axis=-1)
 
-    def _left(self) -> float:
-        return max(float(v) for v in away(self.probe.pose[0])) / TOLERANCES[0]
-
     def _look(self) -> tuple[NDArray, dict]:
-        self.image = self.probe.frames()[0].numpy()
-        mm, deg = away(self.probe.pose[0])
+        with alone():
+            self.image = self.probe.frames()[0].numpy()
+        mm, deg = (float(value) for value in self.probe.away())
+        self.left = max(mm, deg) / TOLERANCES[0]
         return self.image, {
             "pose": self.probe.pose[0].numpy().copy(), "seen": self.probe.seen()[0].numpy(),
             "phase": float(self.probe.phase[0]), "contact": float(self.probe.contact()[0]),
-            "translation": float(mm), "rotation": float(deg), "patient": self.number,
+            "translation": mm, "rotation": deg, "patient": self.number,
         }  # fmt: skip
 
 

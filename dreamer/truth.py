@@ -9,7 +9,6 @@ leaflets count. Pixels in a rib's shadow show nothing and count for no structure
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from dreamer import phantom, poses
 from dreamer.attribution import answer, encode, parts_of, rows_at_once
 from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer
+from dreamer.phantom import crew
 from dreamer.phantom.render import APEX, sector
 from dreamer.training import load_config, make_split
 
@@ -155,16 +155,12 @@ def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> 
                 gone.append((name, where[there], draw(there, name)))
         return where, labels, draw(slice(None)), gone
 
-    scans, threads = np.unique(sample.scan), torch.get_num_threads()
+    scans = np.unique(sample.scan)
     sector(arguments["size"])  # made once, before the threads ask for it
-    torch.set_num_threads(1)  # one scan a thread, as the phantom was drawn
-    try:
-        with ThreadPoolExecutor(os.cpu_count(), "draw", torch.set_num_threads, (1,)) as pool:
-            found = tqdm(pool.map(of_scan, scans), progress, len(scans), leave=False,
-                         disable=progress is None)  # fmt: skip
-            where, labels, whole, gone = zip(*found, strict=True)
-    finally:
-        torch.set_num_threads(threads)
+    with crew(os.cpu_count()) as pool:
+        found = tqdm(pool.map(of_scan, scans), progress, len(scans), leave=False,
+                     disable=progress is None)  # fmt: skip
+        where, labels, whole, gone = zip(*found, strict=True)
     order = np.argsort(np.concatenate(where))
     whole = torch.cat(whole)[order]
     difference = (whole.float() - sample.images.float()).abs().mean()

@@ -1,7 +1,11 @@
 """The study of options: its plan, its statistics by hand, its trainings, its choice."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from scans import TINY, write_scan
 from scipy import stats
@@ -120,3 +124,19 @@ def test_trainings_are_done_once_and_priced(tmp_path):
     assert not ablations.finished(other[0])
     with pytest.raises(ValueError, match="belongs to another configuration"):
         ablations.train(other[:1], tmp_path / "scans", workers=1)
+
+
+STUDY = """import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from dreamer.ablations import _end_with_parent
+pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent)
+print(pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 300).result()
+"""
+
+
+def test_a_killed_study_takes_its_workers_along():
+    with subprocess.Popen([sys.executable, "-c", STUDY], stdout=subprocess.PIPE) as study:
+        worker = psutil.Process(int(study.stdout.readline()))
+        study.kill()
+    assert not psutil.wait_procs([worker], timeout=20)[1]

@@ -313,8 +313,8 @@ def test_without_positions_places_can_be_exchanged():
 def test_the_map_carries_both_levels():
     model, image = tiny("patch", hierarchy=2).eval(), torch.rand(2, 1, 32, 32)
     features = model.encode(image)
-    assert features.shape == (2, 16 + 4 * 16, 2, 2)
-    fine = model.backbone.stages[1](model.backbone.stages[0](image))  # [2, 16, 4, 4]
+    assert features.shape == (2, 16 + 4 * 8, 2, 2)
+    fine = model.backbone.stages[1](model.backbone.stages[0](image))  # [2, 8, 4, 4]
     torch.testing.assert_close(features[:, :16], model.backbone.stages[2](fine))
     torch.testing.assert_close(torch.pixel_shuffle(features[:, 16:], 2), fine)
     dream = model(image, torch.zeros(2, 6))

@@ -334,32 +334,30 @@ def decay(table: pd.DataFrame, threshold: float) -> Figure:
 
 
 def structures(table: pd.DataFrame, unit: str) -> Figure:
-    """Left: relevance per structure over its share of the area. Right: how strong a map is where a
-    structure's going changes the picture, against how far the answer moves for that change.
+    """Structure by structure: relevance over its share of the area, how strong a map is where the
+    structure's going changes the picture, and how far the answer moves for that change.
 
     `table`: variant, structure, measure (mass, told, moved), mean, low, high.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(1.15, 1))
-    mass = table[table.measure == "mass"]
-    order = mass.groupby("structure")["mean"].mean().sort_values().index.tolist()
-    for shift, (variant, rows) in zip((-0.16, 0.16), _variants(mass), strict=False):
-        y = [order.index(s) - shift for s in rows["structure"]]
-        _dots(left, rows, y, COLOURS[variant], variant)
-    left.set_yticks(range(len(order)), [words(s) for s in order])
-    left.set_xlabel("share of the map / share of the visible area")
-    left.legend(loc="lower right")
-    wide = table.pivot(index=["variant", "structure"], columns="measure", values="mean")
-    for variant, rows in wide.groupby("variant"):
-        rows = rows.droplevel("variant").dropna()
-        right.scatter(rows["told"], rows["moved"], color=COLOURS[variant], s=22, label=variant)
-        for name in rows["moved"].nlargest(3).index:
-            right.annotate(words(name), rows.loc[name, ["told", "moved"]], fontsize=7,
-                           xytext=(4, 2), textcoords="offset points")  # fmt: skip
-    for ax in (left, right):
-        ax.axvline(1, color=COLOURS["neutral"], ls="--", lw=1)
-    right.set(yscale="log")
-    right.set_xlabel("the map where the picture changes without it / its mean")
-    right.set_ylabel(f"|change of the answer| without it\n({unit} per grey level of change)")
+    columns = {
+        "mass": "share of the map /\nshare of the visible area",
+        "told": "the map where the picture changes\nwithout it / its mean",
+        "moved": f"|change of the answer| without it,\n{unit} per grey level of change",
+    }
+    fig, axes = plt.subplots(1, len(columns), figsize=(10, 4.8), sharey=True)
+    means = table[table.measure == "mass"].groupby("structure")["mean"].mean()
+    order = means.sort_values().index.tolist()
+    for ax, (measure, label) in zip(axes, columns.items(), strict=True):
+        part = table[(table.measure == measure) & table.structure.isin(order)]
+        for shift, (variant, rows) in zip((-0.16, 0.16), _variants(part), strict=False):
+            y = [order.index(s) - shift for s in rows["structure"]]
+            _dots(ax, rows, y, COLOURS[variant], variant)
+        ax.set_xlabel(label)
+        if measure != "moved":
+            ax.axvline(1, color=COLOURS["neutral"], ls="--", lw=1)
+    axes[0].set_yticks(range(len(order)), [words(s) for s in order])
+    axes[0].legend(loc="lower right")
+    axes[2].set_xlim(left=0)
     return fig
 
 

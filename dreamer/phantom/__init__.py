@@ -1,7 +1,7 @@
 """Virtual patients with a beating heart, a tracked probe and known anatomy."""
 
 from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS, Patient
-from dreamer.phantom.generate import generate
+from dreamer.phantom.generate import alone, crew, generate
 from dreamer.phantom.render import Frames, render, speckle_ratio
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "TARGETS",
     "Frames",
     "Patient",
+    "alone",
+    "crew",
     "generate",
     "render",
     "speckle_ratio",

@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -25,6 +27,29 @@ from dreamer.phantom.render import check, render, sector
 
 FORMAT = 1
 SCRAP = (".partial", ".tmp")  # endings of what an interrupted run leaves
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, torch computes on one core: small tensors do not wait for another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def crew(count: int) -> Iterator[ThreadPoolExecutor]:
+    """`count` threads that each compute on one core, so that sums are formed in one order. What is
+    not begun is dropped on leaving by an error."""
+    with alone():
+        pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def generate(
@@ -70,27 +95,16 @@ def generate(
             "or ask for fewer patients or frames"
         )
     sector(size, str(device))  # made once, before the threads ask for it
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # one patient a thread: sums are formed in one order
-    try:
-        with (
-            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-            tqdm(
-                total=patients, initial=patients - len(todo), desc="phantom", unit="patient"
-            ) as bar,
-        ):
-            jobs = {pool.submit(_patient, folder, n, arguments, device) for n in todo}
-            try:
-                while jobs:
-                    done, jobs = wait(jobs, return_when=FIRST_EXCEPTION, timeout=0.5)
-                    for job in done:
-                        job.result()
-                    bar.update(len(done))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(before)
+    with (
+        crew(threads) as pool,
+        tqdm(total=patients, initial=patients - len(todo), desc="phantom", unit="patient") as bar,
+    ):
+        jobs = {pool.submit(_patient, folder, n, arguments, device) for n in todo}
+        while jobs:
+            done, jobs = wait(jobs, return_when=FIRST_EXCEPTION, timeout=0.5)
+            for job in done:
+                job.result()
+            bar.update(len(done))
     return folder
 
 
