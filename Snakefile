@@ -7,14 +7,16 @@
     snakemake --profile profiles/slurm                the same on a cluster
 
 A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
-takes `runs` for every training. Notebooks that do not exist yet are no steps. A small training has
-one core to itself, so that several run side by side; a large one and every other notebook take all
-cores, and one at a time, since each asks for the one `trainer` that `make figures` grants.
+takes `runs` for every training. Notebooks that do not exist yet are no steps. Where the models are
+small a step has one core to itself, so that several run side by side; of larger ones each takes all
+cores, and one at a time, since each asks for the one `trainer` that `make figures` grants. So do
+always those that measure time or share out the cores themselves.
 """
 
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import dreamer.pipeline
@@ -58,6 +60,7 @@ SMOKE = {
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
 SMALL = PRESET in ("laptop", "smoke")  # a second core would make one of these a third faster
+ALONE = ("03_benchmark", "07_ablations")
 SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
@@ -160,6 +163,10 @@ RUN = (
     f"--timeout {TIMEOUT} -y {{params.parameters:q}} {{params.promised}}"
 )
 
+# A mark says when: Snakemake takes an input that is small and reads as before for unchanged, and what
+# stood on an earlier training would be kept where the pipeline was stopped after the new one.
+DONE = " && date > {output.done}"
+
 
 rule all:
     input:
@@ -170,7 +177,7 @@ if not OWN_DATA:
 
     rule phantom:
         output:
-            touch(DATA_READY[0]),
+            DATA_READY[0],
         params:
             data=DATA,
             sizes=dict(patients=patients, frames=frames, size=size),
@@ -179,6 +186,7 @@ if not OWN_DATA:
             from dreamer.phantom import generate
 
             generate(params.data, seed=0, **params.sizes)
+            Path(output[0]).write_text(time.ctime())
 
 
 rule train:
@@ -186,7 +194,7 @@ rule train:
         NOTEBOOKS.get(TRAINING, []),
         DATA_READY,
     output:
-        touch(f"{RUNS}/notebooks/02_train-{{run}}.done"),
+        done=f"{RUNS}/notebooks/02_train-{{run}}.done",
     log:
         f"{RUNS}/notebooks/02_train-{{run}}.ipynb",
     params:
@@ -200,7 +208,7 @@ rule train:
     resources:
         trainer=0 if SMALL else 1,
     shell:
-        RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}"
+        RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}" + DONE
 
 
 for step in NOTEBOOKS:
@@ -214,17 +222,17 @@ for step in NOTEBOOKS:
             needs(step),
         output:
             [f"{OUTPUT}/{name}" for name in PROMISED.get(step, ())],
-            done=touch(f"{RUNS}/notebooks/{step}.done"),
+            done=f"{RUNS}/notebooks/{step}.done",
         log:
             f"{RUNS}/notebooks/{step}.ipynb",
         params:
             parameters=parameters(step),
             promised=[f"--output {OUTPUT}/{name}" for name in PROMISED.get(step, ())],
-        threads: 8
+        threads: 1 if SMALL and step not in ALONE else 8
         resources:
-            trainer=1,
+            trainer=0 if SMALL and step not in ALONE else 1,
         shell:
-            RUN
+            RUN + DONE
 
 
 rule page:

@@ -201,14 +201,15 @@ def _integrated(ask, x, b, a, steps: int, limit: int, rows: int) -> tuple[Tensor
     maps, error = torch.zeros_like(x), x.new_full((len(x),), torch.inf)
     used, method, limit = torch.zeros_like(error), IntegratedGradients(ask), limit or steps
     with torch.no_grad():
-        change = (ask(x, a) - ask(b, a)).abs().clamp_min(1e-6)
+        change = ask(x, a) - ask(b, a)
     while (todo := torch.nonzero(error > TOLERANCE)[:, 0]).numel() and steps <= limit:
         for t in todo.split(max(1, rows // steps)):
-            maps[t], delta = method.attribute(
+            maps[t] = method.attribute(
                 x[t], b[t], additional_forward_args=a[t], n_steps=steps,
-                internal_batch_size=max(rows, len(t)), return_convergence_delta=True,
+                internal_batch_size=max(rows, len(t)),
             )  # fmt: skip
-            error[t], used[t] = (delta.abs() / change[t]).to(error), float(steps)
+            delta = maps[t].sum((1, 2, 3)) - change[t]
+            error[t], used[t] = delta.abs() / change[t].abs().clamp_min(1e-6), float(steps)
         steps *= 2
     return maps, error, used
 

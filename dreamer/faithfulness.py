@@ -146,7 +146,7 @@ def infidelity(
     grids: Mapping[tuple[str, str], Tensor],
     targets: Sequence[str],
     baseline: Tensor,
-    samples: int = 16,
+    samples: int = 8,
     seed: int = 0,
 ) -> dict[tuple[str, str], Tensor]:
     """Share [N] of the answer's change under random hiding that each map fails to predict.
@@ -291,7 +291,7 @@ def score(
     targets: Sequence[str],
     known_anatomy: Anatomy | None = None,
     moved: Tensor | None = None,
-    points: int = 5,
+    points: int = 4,
     progress: str | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every check of every map, one row a frame: group, frame, method, target, measure, value; and
@@ -416,7 +416,7 @@ def baselines(seen: View, target: str, steps: int = 8) -> pd.DataFrame:
     found = {}
     for name in BASELINES:
         base = baseline_map(model, name, sample.images, sample.training)
-        found[name] = attribute(model, features, target, baseline=base, steps=steps)
+        found[name] = attribute(model, features, target, baseline=base, steps=steps, limit=64)
     rows = [
         _rows(sample.group, rank_correlation(found[a].grid, found[b].grid), pair=f"{a} and {b}",
               measure="agreement")

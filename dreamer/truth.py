@@ -7,7 +7,6 @@ leaflets count. Pixels in a rib's shadow show nothing and count for no structure
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -157,7 +156,7 @@ def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> 
 
     scans = np.unique(sample.scan)
     sector(arguments["size"])  # made once, before the threads ask for it
-    with crew(os.cpu_count()) as pool:
+    with crew(torch.get_num_threads()) as pool:
         found = tqdm(pool.map(of_scan, scans), progress, len(scans), leave=False,
                      disable=progress is None)  # fmt: skip
         where, labels, whole, gone = zip(*found, strict=True)

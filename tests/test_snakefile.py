@@ -118,6 +118,13 @@ def test_a_parameter_reruns_exactly_what_depends_on_it(project, text, rerun):
     assert set(jobs(changed)) - {"all"} == rerun
 
 
+def test_stopped_after_a_new_training_what_stands_on_it_runs_again(project):
+    preset(project, "model: {epochs: 3}")
+    assert make_figures(project, "--until", "train").returncode == 0
+    again = make_figures(project, "--dry-run")
+    assert set(jobs(again)) - {"all"} == {"notebook_07_rows", "page"}
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [("sede=1", "config sede is unknown"), ("preset=none", "config preset=none is unknown"),
