@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,10 +88,17 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@lru_cache(1)
+def _transitions(data: str, size: int, patients: tuple[tuple[str, str], ...]) -> Transitions:
+    """The data, read once by each worker."""
+    return Transitions(data, size, dict(patients) or None)
+
+
 def _train(run: Run, data: str, patients: Mapping[str, str] | None) -> None:
     """Train, or go on with, one run, and keep its predictions on the test people."""
     torch.set_num_threads(1)
-    transitions = Transitions(data, run.model.image_size, patients)
+    people = tuple((patients or {}).items())
+    transitions = _transitions(data, run.model.image_size, people)
     fit(run.model, run.training, transitions, run.folder, on_epoch=len)  # no progress bar
     split = make_split(transitions, run.training)
     told = evaluation.predict(load_run(run.folder), transitions, split.test, split)

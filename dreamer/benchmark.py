@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 ORDERS = {CLAIMED: ("channel", "patch"), MIRRORED: ("patch", "channel")}
 LAYERS = 2  # of the blocks, all alike, that are compared with PyTorch's
-ENOUGH = 40.0  # seconds of rounds at the claim's batch after which no further one begins
+ENOUGH = 30.0  # seconds of rounds at the claim's batch after which no further one begins
 Call = Callable[[], Any]
 
 
