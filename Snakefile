@@ -27,7 +27,6 @@ COMPARED = "04_compare"  # this one also reads the control without a transformer
 PHANTOM = {  # patients, frames of each, pixels; the presets' models want these pictures
     "smoke": (8, 6, 64),
     "laptop": (224, 40, 112),
-    "best": (224, 40, 112),
     "medium": (224, 40, 112),
     "full": (400, 80, 224),
 }
@@ -60,7 +59,7 @@ SMOKE = {
 
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
-SMALL = PRESET in ("smoke", "laptop", "best")  # a second core would make one of these a third faster
+SMALL = PRESET in ("laptop", "smoke")  # a second core would make one of these a third faster
 ALONE = ("03_benchmark", "07_ablations")
 LONGEST = "06_attribution"  # begun first, so that the others run beside it
 SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))

@@ -39,10 +39,10 @@ def _machine() -> dict[str, str]:
 
 
 def _smaller(picture: str) -> str:
-    """A base64 PNG or GIF as an <img> of at most 600 px in WebP: the figures lie beside."""
+    """A base64 PNG or GIF as an <img> of at most 480 px in WebP: the figures lie beside."""
     image, webp = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB"), io.BytesIO()
-    image.thumbnail((600, 4000))
-    image.save(webp, "WEBP", quality=50)
+    image.thumbnail((480, 4000))
+    image.save(webp, "WEBP", quality=45)
     inside = base64.b64encode(webp.getvalue()).decode()
     return f'<img alt="output of the cell above" src="data:image/webp;base64,{inside}">'
 
