@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,16 +107,21 @@ def run_notebook(
     # Compiling this grammar of web addresses takes seconds, and no notebook's schema asks for it.
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
+    from traitlets.config import Config
 
     _refuse(set(parameters), known_parameters(notebook), str(notebook))
     promised = [Path(cwd, output) for output in outputs]
     before = {path: path.stat().st_mtime_ns for path in promised if path.exists()}
     Path(executed).parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(
-            str(notebook), str(executed), dict(parameters), cwd=str(cwd), kernel_name="python3",
-            progress_bar=False, execution_timeout=timeout, start_timeout=300,
-        )  # fmt: skip
+        # Sockets of its own: of two kernels that begin at once both would take the same free port.
+        with tempfile.TemporaryDirectory() as sockets:
+            kernel = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            papermill.execute_notebook(
+                str(notebook), str(executed), dict(parameters), cwd=str(cwd),
+                kernel_name="python3", progress_bar=False, execution_timeout=timeout,
+                start_timeout=300, config=Config(ConnectionFileMixin=kernel),
+            )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         raise NotebookError(
             f"{notebook}: cell {error.exec_count} failed: {error.ename}: {error.evalue}; "
