@@ -134,7 +134,7 @@ def run_all(browser, address: str, done: Path):
     """Open a notebook in JupyterLab, run all its cells and wait for the file `done`; the view."""
     view = browser.new_page(viewport={"width": 1400, "height": 1000})
     view.set_default_timeout(120_000)  # generous: other work may share the machine
-    # On a busy machine Lab may ask whether to go on waiting; a dialog covers its menus.
+    # On a busy machine a dialog of Lab's was seen to cover its menus.
     dialog = view.locator(".jp-Dialog")
     view.add_locator_handler(dialog, lambda: dialog.locator(".jp-mod-accept").first.click())
     view.goto(address)

@@ -185,7 +185,8 @@ def machines(results: pd.DataFrame) -> Figure:
         axes[1].errorbar(own["value"], [names.index(m) for m in own["machine"]],
                          xerr=whiskers(own), fmt="o", color=COLOURS[variant],
                          label=f"{variant} tokens")  # fmt: skip
-    axes[1].set(xlabel="fast path / plain fp32 (times as fast)", xlim=(0, None))
+    axes[1].set(xlabel="fast path / plain fp32 (times as fast)")
+    axes[1].set_xlim(0, 1.1 * gain["value"].max())
     for ax in axes:
         ax.set_ylim(len(names) - 0.4, -0.6)
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=2)
