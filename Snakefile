@@ -3,6 +3,7 @@
     make figures                                      the default, behind a lock
     make figures CONFIG="preset=full seeds=5"         other sizes
     make figures CONFIG="data=../my_scans folds=5"    one's own scans
+    make figures CONFIG="plane=plax starts=200"       another target plane, more searches for it
     make figures ABLATIONS=1                          the options' study too, some 55 short trainings
     snakemake --profile profiles/slurm                the same on a cluster
 
@@ -23,6 +24,7 @@ import dreamer.pipeline
 from dreamer.pipeline import known_parameters, preset_parameters
 
 VARIANTS = ("patch", "channel")
+PLANES = ("a4c", "plax", "psax-av", "psax-mv")
 COMPARED = "04_compare"  # this one also reads the control without a transformer, `none`
 PHANTOM = {  # patients, frames of each, pixels; the presets' models want these pictures
     "smoke": (8, 6, 64),
@@ -66,12 +68,20 @@ SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
 OWN_DATA = config.get("data")
-unknown = set(config) - {"data", "preset", "seeds", "folds", "output", "timeout", "ablations"}
+PLANE = config.get("plane", "a4c")  # that the phantom's searches look for
+STARTS = {"starts": int(config["starts"])} if "starts" in config else {}
+KNOWN = {"data", "preset", "seeds", "folds", "output", "timeout", "ablations", "plane", "starts"}
+unknown = set(config) - KNOWN
 if unknown or (not OWN_DATA and PRESET not in PHANTOM) or not Path(PRESET_FILE).exists():
     raise WorkflowError(
         f"config {', '.join(sorted(unknown)) or f'preset={PRESET}'} is unknown; there are data, "
         f"preset ({', '.join(PHANTOM)}, or any YAML in notebooks/parameters beside data=...), "
-        "seeds, folds, output, timeout, ablations"
+        "seeds, folds, output, timeout, ablations, plane, starts"
+    )
+if PLANE not in PLANES or (OWN_DATA and "plane" in config):
+    raise WorkflowError(
+        f"plane={PLANE}: the phantom's planes are {', '.join(PLANES)}; with data=... the plane is "
+        "that of the scans"
     )
 
 if OWN_DATA:
@@ -81,7 +91,8 @@ if OWN_DATA:
         raise WorkflowError(f"data={DATA}: no folder in it holds a transitions_dataset.json")
 else:
     patients, frames, size = PHANTOM[PRESET]
-    DATA, NAME = f"data/phantom/{patients}x{frames}-{size}px", PRESET
+    other = "" if PLANE == "a4c" else f"-{PLANE}"
+    DATA, NAME = f"data/phantom/{patients}x{frames}-{size}px{other}", PRESET + other
     DATA_READY = [f"{DATA}.done"]
     if not Path(DATA).is_dir():  # deleted by hand: the mark beside it says nothing any more
         Path(DATA_READY[0]).unlink(missing_ok=True)
@@ -120,7 +131,7 @@ def runs(step):
 def parameters(step, **given):
     """As JSON: the preset's part, then what the pipeline itself says, where the notebook takes it."""
     takes = known_parameters(NOTEBOOKS[step])
-    said = {"data": DATA, "output": OUTPUT, "runs": runs(step), **given}
+    said = {"data": DATA, "output": OUTPUT, "runs": runs(step), **STARTS, **given}
     said["folder"] = f"{RUNS}/ablations/{CODE}"  # a change of the code trains anew
     said |= SMOKE.get(step, {}) if PRESET == "smoke" else {}
     said = {name: value for name, value in said.items() if name in takes}
@@ -181,7 +192,7 @@ if not OWN_DATA:
             DATA_READY[0],
         params:
             data=DATA,
-            sizes=dict(patients=patients, frames=frames, size=size),
+            sizes=dict(patients=patients, frames=frames, size=size, target=PLANE),
         threads: 8
         run:
             from dreamer.phantom import generate

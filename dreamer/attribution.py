@@ -40,7 +40,7 @@ METHODS = (
 ATTENTION = ("rollout", "action_attention")
 BASELINES = ("zero", "mean", "blurred")
 TOLERANCE = 0.05  # of f(x) - f(baseline) that integrated gradients may miss
-LIMIT = 256  # steps of integrated gradients at most
+LIMIT = 64  # steps of integrated gradients at most
 MEMORY = 2**30  # bytes of activations that one pass may keep
 
 
@@ -168,25 +168,29 @@ def attribute(
     base = base.expand_as(features)
     ask, rows = Question(model, target), rows_at_once(model)
     size = min(rows, 64) if by_cells else rows
-    parts = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for p in parts_of(n, rows // steps if method == METHODS[0] else size, progress):
-            x, b, a = features[p].detach(), base[p].detach(), action[p]
-            error, used = x.new_full((len(x),), torch.nan), x.new_zeros(len(x))
-            if method == "integrated_gradients":
-                maps, error, used = _integrated(ask, x, b, a, steps, limit, rows)
-            elif method == "gradient_x_activation":
-                maps = InputXGradient(ask).attribute(x.requires_grad_(), additional_forward_args=a)
-            elif method == "grad_cam":
-                maps = LayerGradCam(ask, ask.features).attribute(
-                    x.requires_grad_(), additional_forward_args=a, attr_dim_summation=False
-                )
-            elif method == "occlusion":
-                maps = _occlusion(ask, x, a, images[p])
-            else:
-                maps = _game(ask, method, x, b, a, permutations, rows)
-            parts.append((maps.detach(), error, used))
+    draw, parts = torch.Generator().manual_seed(seed), []
+    for p in parts_of(n, rows // steps if method == METHODS[0] else size, progress):
+        x, b, a = features[p].detach(), base[p].detach(), action[p]
+        error, used = x.new_full((len(x),), torch.nan), x.new_zeros(len(x))
+        if method == "integrated_gradients":
+            maps, error, used = _integrated(ask, x, b, a, steps, limit, rows)
+        elif method == "gradient_x_activation":
+            maps = InputXGradient(ask).attribute(x.requires_grad_(), additional_forward_args=a)
+        elif method == "grad_cam":
+            maps = LayerGradCam(ask, ask.features).attribute(
+                x.requires_grad_(), additional_forward_args=a, attr_dim_summation=False
+            )
+        elif method == "occlusion":
+            maps = _occlusion(ask, x, a, images[p])
+        elif method == "ablation":
+            maps = _game(FeatureAblation(Cells(ask)), x, b, a, rows)
+        else:
+            game = ShapleyValueSampling(Cells(ask))
+            game.permutation_generator = lambda count, samples: (
+                torch.randperm(count, generator=draw).tolist() for _ in range(samples)
+            )
+            maps = _game(game, x, b, a, rows, n_samples=permutations)
+        parts.append((maps.detach(), error, used))
     maps, error, used = (torch.cat(part) for part in zip(*parts, strict=True))
     if limit and (missed := int((error > TOLERANCE).sum())):
         log.warning(
@@ -229,17 +233,14 @@ def _occlusion(ask: Question, x: Tensor, a: Tensor, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _game(ask: Question, method: str, x, b, a, permutations: int, rows: int) -> Tensor:
+def _game(game: ShapleyValueSampling | FeatureAblation, x, b, a, rows: int, **told) -> Tensor:
     """[B, 1, h, w]: Shapley values or ablation of the cells, as players who show themselves."""
     ones, (h, w) = x.new_ones(len(x), 1, *x.shape[2:]), x.shape[2:]
-    given = {
-        "baselines": 0, "additional_forward_args": (x, b, a),
-        "feature_mask": torch.arange(h * w, device=x.device).view(1, 1, h, w),
-        "perturbations_per_eval": max(1, rows // len(x)),
-    }  # fmt: skip
-    if method == "shapley":
-        return ShapleyValueSampling(Cells(ask)).attribute(ones, n_samples=permutations, **given)
-    return FeatureAblation(Cells(ask)).attribute(ones, **given)
+    players = torch.arange(h * w, device=x.device).view(1, 1, h, w)
+    return game.attribute(
+        ones, 0, additional_forward_args=(x, b, a), feature_mask=players,
+        perturbations_per_eval=max(1, rows // len(x)), **told,
+    )  # fmt: skip
 
 
 # Attention

@@ -9,8 +9,9 @@ controls that know nothing of the model.
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,6 +40,7 @@ from dreamer.attribution import (
 )
 from dreamer.evaluation import bootstrap
 from dreamer.model import CardiacDreamer
+from dreamer.phantom import crew
 from dreamer.truth import Anatomy, Sample, against_truth
 
 CONTROLS = ("random", "edges", "centre")
@@ -51,6 +53,7 @@ CLAIMS = {  # measure: what it would mean for patch tokens to be ahead
 }
 SLOW = ("shapley", "ablation", "occlusion")  # a pass for every cell, or many
 STANDARD = (*(m for m in METHODS if m not in SLOW), *ATTENTION)
+_DRAWING = threading.Lock()  # weights come from the generator that all threads share
 MEASURES = {  # name: what more of it means
     "deletion": 1, "insertion": -1, "infidelity": -1,
     "counterfactual": 1, "decisive": 1, "pointing": 1, "mass": 1, "rank": 1,
@@ -125,12 +128,11 @@ def curves(
         magnitude = grid.detach().abs().cpu().flatten(1)[:, shuffled]
         order = shuffled[magnitude.argsort(dim=1, descending=True, stable=True)]
         place = order.argsort(dim=1).view(n, 1, h, w).to(features.device)
+        hidden = [(place >= c, place < c) for c in counts[:-1]]
         lines = torch.stack([
-            torch.stack((
-                posed(model, features, baseline, (place >= c).float()),
-                posed(model, features, baseline, (place < c).float()),
-            )) for c in counts[:-1]
-        ], dim=2)  # [2, N, K - 2, 6]
+            torch.stack([posed(model, features, baseline, mask.float()) for mask in pair])
+            for pair in hidden
+        ], dim=2)  # [2, N, K - 2, 6]  # fmt: skip
         ends = [torch.stack(pair)[:, :, None] for pair in ((whole, empty), (empty, whole))]
         lines = torch.cat((ends[0], lines, ends[1]), dim=2)
         for target in targets if own == "any" else [own]:
@@ -194,18 +196,23 @@ def sensitivity(
         found = attribute(model, x, target, method, base, steps=8, limit=0, seed=seed)
         return (found.grid.flatten(1),)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return sensitivity_max(
-            explain, features, perturb_radius=radius * float(features.std()),
-            n_perturb_samples=samples,
-        )  # fmt: skip
+    draw = torch.Generator().manual_seed(seed)
+
+    def tremble(inputs, perturb_radius: float) -> tuple[Tensor]:
+        x = inputs[0] if isinstance(inputs, tuple) else inputs
+        noise = torch.empty(x.shape).uniform_(-perturb_radius, perturb_radius, generator=draw)
+        return (x + noise.to(x),)
+
+    return sensitivity_max(
+        explain, features, tremble, perturb_radius=radius * float(features.std()),
+        n_perturb_samples=samples,
+    )  # fmt: skip
 
 
 def randomised(model: CardiacDreamer, seed: int = 0) -> Iterator[tuple[str, CardiacDreamer]]:
     """(stage, model) with the weights drawn anew from the guidance head down to the backbone's
     first stage, each stage on top of those before; the given model is not touched."""
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(10**6 + seed)  # not the draw that a run with this seed began from
         fresh = CardiacDreamer(model.config.model_copy(update={"weights": "none"}))
     net = copy.deepcopy(model)
@@ -245,6 +252,18 @@ def view(model: CardiacDreamer, sample: Sample, baseline: str = "mean") -> View:
     """The `View` of a sample; `baseline` is one of BASELINES."""
     base = baseline_map(model, baseline, sample.images, sample.training)
     return View(model, sample, encode(model, sample.images), base)
+
+
+def each(function: Callable[[str], Any], runs: Iterable[str]) -> dict[str, Any]:
+    """What `function` says of each run, on as many threads as torch may use, a core for each.
+
+    Small operations gain little from a second core, whole runs gain all of it. What is called must
+    not draw from torch's global generator."""
+    runs, threads = list(runs), torch.get_num_threads()
+    if len(runs) == 1 or threads == 1 or torch.cuda.is_available():
+        return {run: function(run) for run in runs}
+    with crew(min(threads, len(runs))) as pool:
+        return dict(zip(runs, pool.map(function, runs), strict=True))
 
 
 def _rows(group: NDArray, values, **names) -> pd.DataFrame:
@@ -416,7 +435,7 @@ def baselines(seen: View, target: str, steps: int = 8) -> pd.DataFrame:
     found = {}
     for name in BASELINES:
         base = baseline_map(model, name, sample.images, sample.training)
-        found[name] = attribute(model, features, target, baseline=base, steps=steps, limit=64)
+        found[name] = attribute(model, features, target, baseline=base, steps=steps)
     rows = [
         _rows(sample.group, rank_correlation(found[a].grid, found[b].grid), pair=f"{a} and {b}",
               measure="agreement")

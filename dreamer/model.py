@@ -191,9 +191,8 @@ class Backbone(nn.Module):
         else:
             w, c = config.width, config.channels
             stem = nn.Sequential(
-                nn.Conv2d(1, w, 5, stride=2, padding=2, bias=False), nn.MaxPool2d(2),
-                nn.GroupNorm(4, w), nn.ReLU(),
-            )  # fmt: skip
+                nn.Conv2d(1, w, 7, stride=4, padding=3, bias=False), nn.GroupNorm(4, w), nn.ReLU()
+            )
             self.stages = nn.ModuleList([stem, _Residual(w, 2 * w), _Residual(2 * w, c)])
         self.frozen, self.two_levels = config.freeze, config.hierarchy > 0
         for stage in self.stages[: self.frozen]:

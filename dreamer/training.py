@@ -278,14 +278,20 @@ class Muon(torch.optim.AdamW):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix with its singular values brought to 0.7 ... 1.2: five Newton-Schulz iterations."""
+    """A matrix with its singular values brought to 0.7 ... 1.2: five Newton-Schulz iterations.
+
+    They go on in its Gram matrix, the smaller, and meet the matrix once, at the end.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    whole = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(5):
-        gram = x @ x.T
-        gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, gram, x, beta=3.4445)
+        step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        step.diagonal().add_(3.4445)
+        whole, gram = step @ whole, step @ gram @ step
+    x = whole @ x
     return x.T if tall else x
 
 

@@ -1,5 +1,6 @@
 """The pipeline on made notebooks: order, reruns, promises, locks, faults."""
 
+import ast
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import psutil
 import pytest
 import yaml
 from scans import write_scan
+
+from dreamer.phantom import TARGETS
 
 TRAIN = """import json, time
 from pathlib import Path
@@ -128,11 +131,23 @@ def test_stopped_after_a_new_training_what_stands_on_it_runs_again(project):
 @pytest.mark.parametrize(
     ("setting", "told"),
     [("sede=1", "config sede is unknown"), ("preset=none", "config preset=none is unknown"),
-     ("folds=5", "folds=5 needs data=... with as many scans"), ("seeds=0", "seeds=0")],
+     ("folds=5", "folds=5 needs data=... with as many scans"), ("seeds=0", "seeds=0"),
+     ("plane=plax", "that of the scans"), ("plane=a5c", "planes are a4c, plax")],
 )  # fmt: skip
 def test_settings_are_checked(finished, setting, told):
     refused = make_figures(finished, setting)
     assert refused.returncode and told in refused.stderr
+
+
+def test_another_plane_has_its_own_data_and_runs(finished):
+    command = [word for word in COMMAND if not word.startswith("data=")]
+    command += ["plane=plax", "starts=200", "--dry-run", "--printshellcmds"]
+    told = subprocess.run(command, cwd=finished, capture_output=True, text=True, timeout=580)
+    assert "data/phantom/8x6-64px-plax.done" in told.stdout + told.stderr
+    assert "data/runs/smoke-plax/patch-seed0" in told.stdout + told.stderr
+    assert '"starts"' not in told.stdout + told.stderr  # no notebook here takes it
+    planes = re.search(r"^PLANES = (.*)$", (finished / "Snakefile").read_text(), re.M)[1]
+    assert ast.literal_eval(planes) == tuple(TARGETS)
 
 
 def test_own_data_sizes_seeds_and_folds(project):
