@@ -101,7 +101,7 @@ def flops(config: ModelConfig, batch: int = 1) -> dict[str, float]:
             shortcut = i * o if i != o else 0
             macs += (9 * i * o + 9 * o * o * (2 * blocks - 1) + shortcut) * (side / stride) ** 2
     else:
-        macs = 25 * w * (side / 2) ** 2
+        macs = 49 * w * (side / 4) ** 2
         for i, o, stride in ((w, 2 * w, 8), (2 * w, c, 16)):
             macs += (9 * i * o + 9 * o * o + i * o) * (side / stride) ** 2
     cells = math.prod(config.grid)
