@@ -401,3 +401,32 @@ def test_weights_are_drawn_anew_from_the_head_down(model, images):
     drawn = {k for k in kept if kept[k].ndim > 1}
     assert drawn <= changed[-1]
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+def test_runs_asked_side_by_side_say_the_same(images):
+    """What is drawn at random hangs on no state that threads share."""
+    nets = {name: taught(token_type=name) for name in ("patch", "channel")}
+    before = torch.get_num_threads()
+
+    def ask(name):
+        features = attribution.encode(nets[name], images)
+        base = torch.zeros_like(features[:1])
+        game = attribution.attribute(nets[name], features, "x", "shapley", permutations=2, seed=3)
+        fresh = next(n.head[0].weight for _, n in faithfulness.randomised(nets[name], seed=1))
+        how = faithfulness.sensitivity(nets[name], features, "grad_cam", "x", base, seed=2)
+        return game.grid, fresh, how, torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(2)
+        found = faithfulness.each(ask, nets)
+        assert torch.get_num_threads() == 2 and list(found) == list(nets)
+        torch.set_num_threads(1)
+        expected = faithfulness.each(ask, nets)
+    finally:
+        torch.set_num_threads(before)
+    for name in nets:
+        assert found[name][-1] == 1
+        for one, other in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(one, other)
+    with pytest.raises(ZeroDivisionError):
+        faithfulness.each(lambda run: 1 / 0, ["a", "b"])
