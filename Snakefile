@@ -62,8 +62,7 @@ SMOKE = {
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
 SMALL = PRESET in ("laptop", "smoke")  # a second core would make one of these a third faster
-ALONE = ("03_benchmark", "07_ablations")
-LONGEST = "06_attribution"  # begun first, so that the others run beside it
+ALONE = ("03_benchmark", "06_attribution", "07_ablations")
 SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
@@ -240,7 +239,6 @@ for step in NOTEBOOKS:
         params:
             parameters=parameters(step),
             promised=[f"--output {OUTPUT}/{name}" for name in PROMISED.get(step, ())],
-        priority: step == LONGEST
         threads: 1 if SMALL and step not in ALONE else 8
         resources:
             trainer=0 if SMALL and step not in ALONE else 1,

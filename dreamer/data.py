@@ -169,9 +169,11 @@ class Transitions(Dataset):
             values = np.array([[r[f] for f in VECTORS] for r in records], dtype=np.float64)
             _check_actions(scan / RECORDS, values, problems)
             vectors.append(values)
-            for record in records:
-                kept.append((scan.name, record))
-                paths += [_image_path(scan, record[field], problems) for field in IMAGES]
+            kept += [(scan.name, record) for record in records]
+            named = [record[field] for record in records for field in IMAGES]
+            home = scan.resolve()
+            found = {text: _image_path(scan, home, text, problems) for text in dict.fromkeys(named)}
+            paths += [found[text] for text in named]
         rows, self.frames, self.digest = _frames(self.folder, paths, image_size, cache, problems)
 
         both = torch.from_numpy(np.concatenate(vectors))
@@ -221,9 +223,9 @@ class Transitions(Dataset):
         return Batch(self.images(first), self.images(second), pose1, action, pose2)
 
 
-def _image_path(scan: Path, text: str, problems: list[str]) -> Path:
+def _image_path(scan: Path, home: Path, text: str, problems: list[str]) -> Path:
     path = scan.joinpath(*PureWindowsPath(text).parts)
-    if not path.resolve().is_relative_to(scan.resolve()):
+    if not path.resolve().is_relative_to(home):
         problems.append(f"{scan / RECORDS}: image {text} lies outside its scan; move it inside")
     return path
 

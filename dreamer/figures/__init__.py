@@ -113,6 +113,8 @@ def save(
         raise ValueError(f"figure {name}: needs its notebook's number, a caption and an alt text")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")  # places are found; each format would find them again, twice
     for dpi in (160, 120, 90, 70):
         png = io.BytesIO()
         fig.savefig(png, format="png", dpi=dpi)
