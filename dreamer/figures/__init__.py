@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+from PIL.ImageColor import getrgb
 
 COLOURS = {
     "patch": "#0072B2",
@@ -80,9 +81,14 @@ def above(ax: Axes, columns: int = 2) -> None:
 def palette(png: bytes) -> bytes:
     """A PNG with at most 256 colours of its own: a third of the bytes, and no eye tells."""
     picture, small = Image.open(io.BytesIO(png)).convert("RGBA"), io.BytesIO()
-    if picture.getextrema()[3][0] == 255:  # opaque: colours are chosen by how many pixels want them
-        picture = picture.convert("RGB")
-    picture.quantize(256).save(small, "PNG", optimize=True)
+    if picture.getextrema()[3][0] < 255:
+        picture = picture.quantize(256)
+    else:  # opaque: colours are chosen by how many pixels want them, and few want a word's
+        picture, ours = picture.convert("RGB"), Image.new("P", (1, 1))
+        own = [level for colour in sorted(set(COLOURS.values())) for level in getrgb(colour)]
+        ours.putpalette(picture.quantize(256 - len(own) // 3).getpalette() + own)
+        picture = picture.quantize(palette=ours, dither=Image.Dither.NONE)
+    picture.save(small, "PNG", optimize=True)
     return min(small.getvalue(), png, key=len)
 
 
