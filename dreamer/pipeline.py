@@ -115,7 +115,9 @@ def run_notebook(
     Path(executed).parent.mkdir(parents=True, exist_ok=True)
     try:
         # Sockets of its own: of two kernels that begin at once both would take the same free port.
-        with tempfile.TemporaryDirectory() as sockets:
+        # The path of a socket ends at some hundred characters.
+        short = None if len(tempfile.gettempdir()) < 70 else "/tmp"
+        with tempfile.TemporaryDirectory(dir=short) as sockets:
             kernel = {"transport": "ipc", "ip": f"{sockets}/kernel"}
             papermill.execute_notebook(
                 str(notebook), str(executed), dict(parameters), cwd=str(cwd),

@@ -66,7 +66,10 @@ def test_outputs_are_promised_and_found(tmp_path, make_notebook, monkeypatch):
         (tmp_path / "table.csv").write_text("of an earlier run")
 
 
-def test_failing_cell_is_named_and_the_notebook_kept(tmp_path, make_notebook):
+def test_failing_cell_is_named_and_the_notebook_kept(tmp_path, make_notebook, monkeypatch):
+    far = tmp_path / ("deep" * 20)  # sockets cannot lie there
+    far.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(far))
     book = make_notebook(tmp_path / "a.ipynb", "x = 1", "print('reached')", "1 / 0")
     told = r"cell 3 failed: ZeroDivisionError: division by zero; .*out\.ipynb"
     with pytest.raises(NotebookError, match=told):
