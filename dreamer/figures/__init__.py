@@ -85,9 +85,14 @@ def palette(png: bytes) -> bytes:
         picture = picture.quantize(256)
     else:  # opaque: colours are chosen by how many pixels want them, and few want a word's
         picture, ours = picture.convert("RGB"), Image.new("P", (1, 1))
-        own = [level for colour in sorted(set(COLOURS.values())) for level in getrgb(colour)]
-        ours.putpalette(picture.quantize(256 - len(own) // 3).getpalette() + own)
-        picture = picture.quantize(palette=ours, dither=Image.Dither.NONE)
+        kept = [getrgb(colour) for colour in sorted({"white", "black", *COLOURS.values()})]
+        chosen = picture.quantize(256 - len(kept)).getpalette()[: 3 * (256 - len(kept))]
+        ours.putpalette([*chosen, *np.ravel(kept).tolist()])
+        numbers = np.array(picture.quantize(palette=ours, dither=Image.Dither.NONE))
+        for number, colour in enumerate(kept, len(chosen) // 3):  # exactly, not nearly
+            numbers[(np.asarray(picture) == colour).all(-1)] = number
+        picture = Image.fromarray(numbers, "P")
+        picture.putpalette(ours.getpalette())
     picture.save(small, "PNG", optimize=True)
     return min(small.getvalue(), png, key=len)
 
