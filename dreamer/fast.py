@@ -4,10 +4,10 @@
     quick = fast(model, compile=True) # and torch.compile, which pays for itself on a GPU
 
 Batch norms go into the convolutions before them (Jacob et al., CVPR 2018, section 3.2), feature
-maps lie channels-last, matrices are bf16, accumulations, norms, positions and the guidance head
-stay fp32. On x86 CPUs the linear layers keep their weights in oneDNN's own order with the GELU
-inside, and attention goes over the queries in parts, because there the fused kernel gains nothing
-from bf16 without matrix tiles (AMX): memory stays linear in tokens.
+maps lie channels-last, matrices are bf16, accumulations, norms, positions, the guidance head and
+the compact backbone stay fp32. On x86 CPUs the linear layers keep their weights in oneDNN's own
+order with the GELU inside, and attention goes over the queries in parts, because there the fused
+kernel gains nothing from bf16 without matrix tiles (AMX): memory stays linear in tokens.
 """
 
 import copy
@@ -130,7 +130,11 @@ def fast(
     _fuse(model.backbone)
     model.backbone.to(memory_format=torch.channels_last)
     model.head = _Exact(model.head)
-    for part in (model.backbone, model.world):
+    low = [model.backbone, model.world]
+    if model.config.backbone == "compact":  # in bf16 its few channels move the pose by over 1%
+        model.backbone = _Exact(model.backbone)
+        low = [model.world]
+    for part in low:
         for module in () if part is None else part.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
