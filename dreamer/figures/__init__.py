@@ -85,7 +85,8 @@ def palette(png: bytes) -> bytes:
         picture = picture.quantize(256)
     else:  # opaque: colours are chosen by how many pixels want them, and few want a word's
         picture, ours = picture.convert("RGB"), Image.new("P", (1, 1))
-        kept = [getrgb(colour) for colour in sorted({"white", "black", *COLOURS.values()})]
+        greys = {f"#{level:02x}{level:02x}{level:02x}" for level in range(0, 256, 15)}
+        kept = [getrgb(colour) for colour in sorted({*greys, *COLOURS.values()})]
         chosen = picture.quantize(256 - len(kept)).getpalette()[: 3 * (256 - len(kept))]
         ours.putpalette([*chosen, *np.ravel(kept).tolist()])
         numbers = np.array(picture.quantize(palette=ours, dither=Image.Dither.NONE))
