@@ -115,7 +115,7 @@ TRAINED = [
 ]
 CONTROL = [f"{RUNS}/none{split}-seed0" for split in SPLITS if TRAINING in NOTEBOOKS]
 # Trainings are compared with one another, so all are of one code; a change of it trains anew.
-LEARNS = ("poses.py", "data.py", "tokens.py", "model.py", "training.py", "phantom/*.py")
+LEARNS = ("poses.py", "data.py", "tokens.py", "model.py", "runs.py", "training.py", "phantom/*.py")
 SOURCES = sorted(f for name in LEARNS for f in Path(dreamer.pipeline.__file__).parent.glob(name))
 CODE = hashlib.sha256(b"".join(f.read_bytes() for f in SOURCES)).hexdigest()[:16]
 

@@ -2,7 +2,7 @@
 
 import importlib
 
-_PUBLIC = {"ModelConfig": "model", "CardiacDreamer": "model", "load_run": "training"}
+_PUBLIC = {"ModelConfig": "model", "CardiacDreamer": "model", "load_run": "runs"}
 __all__ = ["CardiacDreamer", "ModelConfig", "load_run"]
 
 

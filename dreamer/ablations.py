@@ -28,7 +28,8 @@ from dreamer.cold import apart, build, peak, stepper
 from dreamer.costs import counted
 from dreamer.data import Transitions
 from dreamer.model import ModelConfig
-from dreamer.training import TrainingConfig, fit, load_config, load_run, make_split, write_whole
+from dreamer.runs import TrainingConfig, load_config, load_run, make_split, write_whole
+from dreamer.training import fit
 
 DEFAULT, BEST = "default", "combination"
 

@@ -32,7 +32,7 @@ from dreamer.navigation import (
     draw_start,
 )
 from dreamer.phantom import Patient, crew
-from dreamer.training import load_run, write_whole
+from dreamer.runs import load_run, write_whole
 
 SIGHTED, CONTROLS = ("follow", "average", "plan"), ("stay", "random", "mean", "oracle")
 POLICIES = (*SIGHTED, *CONTROLS)

@@ -23,8 +23,8 @@ from captum.attr import (
     ShapleyValueSampling,
 )
 from einops import rearrange, reduce
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
 from tqdm.auto import tqdm
 
 from dreamer import poses
@@ -134,7 +134,8 @@ def baseline_map(
         return encode(model, training).mean(0, keepdim=True)
     soft = images.float() / (1 if images.is_floating_point() else 255)
     sigma = images.shape[-1] / 8
-    return encode(model, gaussian_blur(soft, 2 * int(1.5 * sigma) + 1, sigma))
+    soft = gaussian_filter(soft.numpy(), sigma, mode="mirror", truncate=1.5, axes=(2, 3))
+    return encode(model, torch.from_numpy(soft))
 
 
 def attribute(

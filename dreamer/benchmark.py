@@ -44,7 +44,7 @@ from dreamer.costs import (
 )
 from dreamer.fast import Packed, difference, fast, packs
 from dreamer.model import CardiacDreamer, ModelConfig, WorldModel
-from dreamer.training import has_bf16, versions, write_whole
+from dreamer.runs import has_bf16, versions, write_whole
 
 log = logging.getLogger(__name__)
 

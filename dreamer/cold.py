@@ -21,7 +21,7 @@ from torch.utils.benchmark import timer as clock
 from dreamer.costs import BATCH, inputs
 from dreamer.fast import InParts, fast
 from dreamer.model import Attention, CardiacDreamer, ModelConfig
-from dreamer.training import has_bf16
+from dreamer.runs import has_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

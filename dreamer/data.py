@@ -17,12 +17,11 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dreamer import poses
 
@@ -171,8 +170,7 @@ class Transitions(Dataset):
             vectors.append(values)
             kept += [(scan.name, record) for record in records]
             named = [record[field] for record in records for field in IMAGES]
-            home = scan.resolve()
-            found = {text: _image_path(scan, home, text, problems) for text in dict.fromkeys(named)}
+            found = {text: _image_path(scan, text, problems) for text in dict.fromkeys(named)}
             paths += [found[text] for text in named]
         rows, self.frames, self.digest = _frames(self.folder, paths, image_size, cache, problems)
 
@@ -223,16 +221,18 @@ class Transitions(Dataset):
         return Batch(self.images(first), self.images(second), pose1, action, pose2)
 
 
-def _image_path(scan: Path, home: Path, text: str, problems: list[str]) -> Path:
-    path = scan.joinpath(*PureWindowsPath(text).parts)
-    if not path.resolve().is_relative_to(home):
+def _image_path(scan: Path, text: str, problems: list[str]) -> str:
+    # As text: for thousands of frames Path takes longer than reading them.
+    home = f"{scan}{os.sep}"
+    path = os.path.normpath(home + text.replace("\\", "/"))
+    if not path.startswith(os.path.normpath(scan) + os.sep) or PureWindowsPath(text).anchor:
         problems.append(f"{scan / RECORDS}: image {text} lies outside its scan; move it inside")
     return path
 
 
 def _frames(
     folder: Path,
-    paths: list[Path],
+    paths: list[str],
     size: int | None,
     cache: str | Path | None,
     problems: list[str],
@@ -242,10 +242,11 @@ def _frames(
     The cache file's name carries a digest of the pictures, so a changed folder is decoded anew and
     its earlier cache goes. Equal pictures (frame 2 of a record, frame 1 of the next) are one row.
     """
-    digests: dict[Path, bytes] = {}
+    digests: dict[str, bytes] = {}
     for path in dict.fromkeys(paths):
         try:
-            digests[path] = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+            with open(path, "rb") as picture:
+                digests[path] = hashlib.blake2b(picture.read(), digest_size=16).digest()
         except OSError:
             problems.append(f"{path}: image missing or not readable")
     distinct = {digest: path for path, digest in reversed(digests.items())}
@@ -267,7 +268,7 @@ def _frames(
     return rows, np.load(file, mmap_mode="r"), content
 
 
-def _decode(paths: list[Path], size: int | None, problems: list[str]) -> NDArray[np.uint8]:
+def _decode(paths: list[str], size: int | None, problems: list[str]) -> NDArray[np.uint8]:
     frames, shape = [], None
     for path in paths:
         try:
@@ -392,78 +393,3 @@ def statistics(data: Transitions, indices: NDArray[np.int64]) -> Statistics:
         spread(pose - pose.mean(0)),
         spread(data.action[indices].double()),
     )
-
-
-class _Batches(Dataset):
-    """Ready batches: one item is one batch, so a worker or the main process fetches it whole."""
-
-    def __init__(
-        self,
-        data: Transitions,
-        parts: list[NDArray],
-        identity: list[NDArray],
-        reverse: list[NDArray],
-    ):
-        self.data, self.parts, self.identity, self.reverse = data, parts, identity, reverse
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, number: int) -> Batch:
-        return self.data.batch(self.parts[number], self.identity[number], self.reverse[number])
-
-
-class TransitionsModule(pl.LightningDataModule):
-    """Batches for training and validation.
-
-    What is drawn depends on (seed, epoch) alone: the order, which share `reverse` of the pairs is
-    gone through backwards, and which share `identity` becomes "no motion". An epoch is one pass, or
-    `steps_per_epoch` batches, for which a small scan is gone through several times. With several
-    processes, each takes its share of the same global batch. Raises ValueError where a batch is
-    larger than the training part.
-    """
-
-    def __init__(
-        self,
-        data: Transitions,
-        split: Split,
-        batch_size: int,
-        identity: float = 0.0,
-        seed: int = 0,
-        steps_per_epoch: int = 0,
-        reverse: float = 0.0,
-    ):
-        super().__init__()
-        if batch_size > len(split.train):
-            raise ValueError(
-                f"batch_size {batch_size} exceeds the {len(split.train)} training transitions"
-            )
-        self.data, self.split, self.batch_size = data, split, batch_size
-        self.identity, self.seed, self.reverse = identity, seed, reverse
-        self.steps = steps_per_epoch or len(split.train) // batch_size
-
-    def _loader(self, indices: NDArray, identity: NDArray, reverse: NDArray) -> DataLoader:
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        if self.batch_size % world:
-            raise ValueError(f"batch_size {self.batch_size}: not a multiple of {world} processes")
-        starts = range(0, len(indices), self.batch_size)
-        cut = [slice(start + rank, start + self.batch_size, world) for start in starts]
-        drawn = ([values[c] for c in cut] for values in (indices, identity, reverse))
-        batches = _Batches(self.data, *drawn)
-        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
-
-    def train_dataloader(self) -> DataLoader:
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        draw = np.random.default_rng((self.seed, epoch))
-        count = self.steps * self.batch_size
-        passes = range(-(-count // len(self.split.train)))
-        order = np.concatenate([draw.permutation(self.split.train) for _ in passes])[:count]
-        still, back = draw.random(count) < self.identity, draw.random(count) < self.reverse
-        return self._loader(order, still, back)
-
-    def val_dataloader(self) -> DataLoader:
-        # Every transition once as it is and once as the identity: the single-frame prediction.
-        indices = np.repeat(self.split.val, 2)
-        still = np.arange(len(indices)) % 2 == 1
-        return self._loader(indices, still, np.zeros(len(indices), bool))

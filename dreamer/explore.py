@@ -21,7 +21,7 @@ from dreamer.arrivals import NAMES, WINDOW, unseen_people
 from dreamer.figures.navigation import panels
 from dreamer.navigation import Follow, NavigationConfig, away, draw_start
 from dreamer.phantom import TARGETS, Patient, render
-from dreamer.training import load_run
+from dreamer.runs import load_run
 
 MAPS = ("none", "attention", "attribution")
 REACH = (40.0, 40.0, 20.0, 60.0, 45.0, 90.0)  # of the sliders, mm and degrees

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dreamer.model import CardiacDreamer, Dream
-from dreamer.training import has_bf16
+from dreamer.runs import has_bf16
 
 QUERIES = 320  # at a time, where attention goes in parts
 PAIRS = (("0", "1"), ("conv1", "bn1"), ("conv2", "bn2"))  # convolution and its norm, by name

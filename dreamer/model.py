@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
@@ -150,8 +149,10 @@ class _Residual(nn.Module):
 def _resnet_weights(source: str) -> dict[str, Tensor]:
     """State dict of a ResNet34 for one grey channel: the three colour filters averaged."""
     if source == "imagenet":
+        from torchvision.models import ResNet34_Weights
+
         try:
-            state = torchvision.models.ResNet34_Weights.DEFAULT.get_state_dict(check_hash=True)
+            state = ResNet34_Weights.DEFAULT.get_state_dict(check_hash=True)
         except OSError as error:
             raise RuntimeError(
                 f"the ImageNet weights could not be downloaded ({error}); give a local file as "
@@ -181,7 +182,9 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         if config.backbone == "resnet34":
-            net = torchvision.models.resnet34()
+            from torchvision.models import resnet34  # seconds, which `compact` need not wait
+
+            net = resnet34()
             net.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
             net.fc = nn.Identity()
             if config.weights != "none":

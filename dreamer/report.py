@@ -21,7 +21,7 @@ from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
-from dreamer.training import versions, write_whole
+from dreamer.runs import versions, write_whole
 
 LAST = "How long each step took"  # the section of what belongs to no notebook
 SHOWN_ROWS = 24  # a longer table is only linked

@@ -1,23 +1,18 @@
-"""Training of one variant: losses, PyTorch Lightning module, a run's folder, resuming.
+"""Training of one variant: losses, PyTorch Lightning modules, resuming, many processes.
 
 Loss of the published system: SmoothL1(composed pose 1, pose 1) + lambda SmoothL1(imagined pose 2,
 pose 2) in units of the poses' spread, where the composed pose 1 is the imagined pose 2 undone by
 the action. For a world model that imagines pictures, not only poses, two terms join: the distance
 of `next_features` to the (fixed) feature map of frame 2, and of `reconstruction` to that of
 frame 1, each relative to the variance of the map it is compared with.
-
-A run's folder holds config.json, split.json, versions.json, metrics.csv (one row per epoch),
-model.safetensors (best on validation) and last.ckpt (to resume from).
 """
 
-import importlib.metadata
 import importlib.util
 import io
 import json
 import logging
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -25,9 +20,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,123 +30,22 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from numpy.typing import NDArray
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from dreamer import poses
-from dreamer.data import (
-    Batch,
-    Split,
-    Transitions,
-    TransitionsModule,
-    split_by_blocks,
-    split_by_patient,
-    statistics,
-)
+from dreamer.data import Batch, Split, Transitions, statistics
 from dreamer.model import CardiacDreamer, Dream, ModelConfig
 from dreamer.phantom.render import APEX, HALF_ANGLE
+from dreamer.runs import TrainingConfig, configure, has_bf16, make_split, versions, write_whole
 
 log = logging.getLogger(__name__)
 
 TERMS = ("composed", "imagined", "feature", "reconstruction")
-VERSIONED = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy", "roma")
-
-
-class TrainingConfig(BaseModel):
-    """How a run is trained and split. Unknown fields and values out of range are refused.
-
-    `composed`, `imagined`, `feature`, `reconstruction`: the loss weights. `identity`: share of
-    training pairs that become "no motion"; `reverse`: share gone through backwards. `augment`,
-    `rotate` (degrees, drawn up to it) and `mixup` (its beta distribution's parameter) are the
-    strengths of `vary`, `turn` and mix-up, 0 is off. `batch_size`: of all processes together, a
-    step takes `accumulate` of them. `steps_per_epoch`: batches, 0 is one pass over the data.
-    `optimizer`: AdamW as published, or `Muon`. `restarts`: cycles of warm-restarts. `patience`:
-    epochs without a better validation loss before stopping, 0 never stops. `split`: patient, blocks
-    (one scan, in time) or auto (patient where there are three). `val`, `test`: patients, a number
-    or names. `precision`: auto is bf16 where the machine has it. `devices`: on each of `nodes`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(30, ge=1)
-    steps_per_epoch: int = Field(0, ge=0)
-    batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(3e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
-    accumulate: int = Field(1, ge=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    schedule: Literal["one-cycle", "cosine", "warm-restarts", "constant"] = "one-cycle"
-    restarts: int = Field(4, ge=1)
-    composed: float = Field(1.0, ge=0)
-    imagined: float = Field(1.0, ge=0)
-    # More than this, and the backbone learns maps that are easy to foretell, not that tell a pose.
-    feature: float = Field(0.01, ge=0)
-    reconstruction: float = Field(0.01, ge=0)
-    beta: float = Field(1.0, gt=0)
-    identity: float = Field(0.5, ge=0, le=1)
-    reverse: float = Field(0.0, ge=0, le=1)
-    augment: float = Field(0.0, ge=0, le=1)
-    rotate: float = Field(0.0, ge=0, le=30)
-    mixup: float = Field(0.0, ge=0)
-    patience: int = Field(0, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    split: Literal["auto", "patient", "blocks"] = "auto"
-    val: int | list[str] = 12
-    test: int | list[str] = 24
-    blocks: int = Field(30, ge=6)
-    gap: int = Field(2, ge=0)
-    seed: int = Field(0, ge=0)
-    devices: int = Field(1, ge=1)
-    nodes: int = Field(1, ge=1)
-
-    @model_validator(mode="after")
-    def _learns(self):
-        if self.composed + self.imagined == 0:
-            raise ValueError("composed and imagined are both 0: nothing would train the guidance")
-        return self
-
-
-def configure(
-    token_type: str, model: Mapping[str, Any], training: Mapping[str, Any], seed: int | None = None
-) -> tuple[ModelConfig, TrainingConfig]:
-    """Both configurations from a notebook's parameters, flat ones and sections.
-
-    An empty `token_type` and a `seed` of None leave the word to the sections. Raises ValueError
-    where a flat parameter and its section disagree, or a field is unknown or out of range.
-    """
-    model, training = dict(model), dict(training)
-    flat = (("token_type", token_type or None, model), ("seed", seed, training))
-    for name, value, section in flat:
-        if value is not None and section.setdefault(name, value) != value:
-            raise ValueError(
-                f"{name} is {value!r} as a parameter and {section[name]!r} in its section; "
-                "give it once, or the same twice"
-            )
-    return ModelConfig(**model), TrainingConfig(**training)
-
-
-def make_split(data: Transitions, config: TrainingConfig) -> Split:
-    """The split that `config` asks for; with `auto`, by patient where there are at least three."""
-    by_patient = config.split == "patient"
-    if config.split == "auto":
-        by_patient = len(set(data.patient)) >= 3
-        log.warning("split: %s", "by patient" if by_patient else "blocks within one scan")
-    if by_patient:
-        return split_by_patient(data, config.val, config.test, seed=0)
-    return split_by_blocks(data, config.blocks, config.gap)
-
-
-def has_bf16() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
 
 
 def vary(image: Tensor, strength: float) -> Tensor:
@@ -295,6 +189,81 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
+class _Batches(Dataset):
+    """Ready batches: one item is one batch, so a worker or the main process fetches it whole."""
+
+    def __init__(
+        self,
+        data: Transitions,
+        parts: list[NDArray],
+        identity: list[NDArray],
+        reverse: list[NDArray],
+    ):
+        self.data, self.parts, self.identity, self.reverse = data, parts, identity, reverse
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.data.batch(self.parts[number], self.identity[number], self.reverse[number])
+
+
+class TransitionsModule(pl.LightningDataModule):
+    """Batches for training and validation.
+
+    What is drawn depends on (seed, epoch) alone: the order, which share `reverse` of the pairs is
+    gone through backwards, and which share `identity` becomes "no motion". An epoch is one pass, or
+    `steps_per_epoch` batches, for which a small scan is gone through several times. With several
+    processes, each takes its share of the same global batch. Raises ValueError where a batch is
+    larger than the training part.
+    """
+
+    def __init__(
+        self,
+        data: Transitions,
+        split: Split,
+        batch_size: int,
+        identity: float = 0.0,
+        seed: int = 0,
+        steps_per_epoch: int = 0,
+        reverse: float = 0.0,
+    ):
+        super().__init__()
+        if batch_size > len(split.train):
+            raise ValueError(
+                f"batch_size {batch_size} exceeds the {len(split.train)} training transitions"
+            )
+        self.data, self.split, self.batch_size = data, split, batch_size
+        self.identity, self.seed, self.reverse = identity, seed, reverse
+        self.steps = steps_per_epoch or len(split.train) // batch_size
+
+    def _loader(self, indices: NDArray, identity: NDArray, reverse: NDArray) -> DataLoader:
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if self.batch_size % world:
+            raise ValueError(f"batch_size {self.batch_size}: not a multiple of {world} processes")
+        starts = range(0, len(indices), self.batch_size)
+        cut = [slice(start + rank, start + self.batch_size, world) for start in starts]
+        drawn = ([values[c] for c in cut] for values in (indices, identity, reverse))
+        batches = _Batches(self.data, *drawn)
+        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+
+    def train_dataloader(self) -> DataLoader:
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        draw = np.random.default_rng((self.seed, epoch))
+        count = self.steps * self.batch_size
+        passes = range(-(-count // len(self.split.train)))
+        order = np.concatenate([draw.permutation(self.split.train) for _ in passes])[:count]
+        still, back = draw.random(count) < self.identity, draw.random(count) < self.reverse
+        return self._loader(order, still, back)
+
+    def val_dataloader(self) -> DataLoader:
+        # Every transition once as it is and once as the identity: the single-frame prediction.
+        indices = np.repeat(self.split.val, 2)
+        still = np.arange(len(indices)) % 2 == 1
+        return self._loader(indices, still, np.zeros(len(indices), bool))
+
+
 class LitDreamer(pl.LightningModule):
     """A `CardiacDreamer` with its losses, optimiser and per-epoch metrics.
 
@@ -426,13 +395,6 @@ class LitDreamer(pl.LightningModule):
         }
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then moved there."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 class _WholeCheckpoints(TorchCheckpointIO):
     """Lightning's checkpoints, but a kill while one is written leaves the one before."""
 
@@ -493,22 +455,6 @@ class _Record(pl.Callback):
             if self.on_epoch is not None:
                 self.on_epoch(table)
         trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
-
-
-def versions() -> dict[str, str]:
-    """What a measurement was made with: packages, Python, machine, device, commit, date."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    return {name: importlib.metadata.version(name) for name in VERSIONED} | {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
 
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:
@@ -688,33 +634,6 @@ def fit(
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, by_hand)
     return pd.read_csv(folder / "metrics.csv")
-
-
-def load_config(folder: str | Path) -> tuple[ModelConfig, TrainingConfig]:
-    """The configurations of a run. Raises FileNotFoundError where there is none."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not there; is {folder} a run's folder?")
-    config = json.loads(file.read_text())
-    return ModelConfig(**config["model"]), TrainingConfig(**config["training"])
-
-
-def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacDreamer:
-    """The model of a run, in evaluation mode, with its best weights; its token type is its own.
-
-    Raises FileNotFoundError where config.json or model.safetensors is missing, ValueError where
-    the weights do not fit the configuration.
-    """
-    config, _ = load_config(folder)
-    file = Path(folder) / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not there; has the run finished its first epoch?")
-    model = CardiacDreamer(config.model_copy(update={"weights": "none"}))
-    try:
-        model.load_state_dict(load_file(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file}: does not fit {folder}/config.json: {error}") from error
-    return model.eval().to(device)
 
 
 def main() -> None:

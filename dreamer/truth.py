@@ -26,7 +26,7 @@ from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer
 from dreamer.phantom import crew
 from dreamer.phantom.render import APEX, sector
-from dreamer.training import load_config, make_split
+from dreamer.runs import load_config, make_split
 
 AROUND = ("mediastinum", "lung", "liver", "chest_wall", "ribs")  # structures that are not the heart
 

@@ -195,7 +195,7 @@ def untrained(folder: Path, token_type: str) -> str:
     from safetensors.torch import save_file
 
     from dreamer.model import CardiacDreamer, ModelConfig
-    from dreamer.training import TrainingConfig
+    from dreamer.runs import TrainingConfig
 
     config = ModelConfig(
         token_type=token_type, backbone="compact", image_size=64, channels=16, width=4, d_model=16,

@@ -12,7 +12,6 @@ from dreamer import poses
 from dreamer.data import (
     DataError,
     Transitions,
-    TransitionsModule,
     split_by_blocks,
     split_by_patient,
     statistics,
@@ -175,59 +174,6 @@ def test_refuses_blocks_that_leave_nothing(tmp_path, blocks, gap):
         split_by_blocks(Transitions(tmp_path / "s"), blocks, gap)
 
 
-# Batches
-
-
-def test_order_depends_on_seed_and_epoch_alone(folder):
-    data = Transitions(folder)
-    split = split_by_patient(data, 1, 1)
-
-    def drawn(seed):
-        module = TransitionsModule(data, split, 4, identity=0.5, seed=seed)
-        return torch.cat([torch.cat((b.pose1, b.action), 1) for b in module.train_dataloader()])
-
-    assert drawn(0).equal(drawn(0)) and not drawn(0).equal(drawn(1))
-    share = (drawn(0)[:, 6:] == 0).all(1).float().mean()
-    assert 0.2 < share < 0.8
-
-
-def test_processes_share_one_global_batch(folder):
-    data = Transitions(folder)
-    split = split_by_patient(data, 1, 1)
-
-    class Rank:
-        current_epoch, world_size = 3, 2
-
-        def __init__(self, rank):
-            self.global_rank = rank
-
-    def first(trainer, rank=0):
-        module = TransitionsModule(data, split, 6, seed=1)
-        module.trainer = trainer
-        return next(iter(module.train_dataloader())).pose1
-
-    alone = Rank(0)
-    alone.world_size = 1
-    whole, parts = first(alone), [first(Rank(0)), first(Rank(1))]
-    assert [len(p) for p in parts] == [3, 3]
-    assert torch.stack(parts, 1).flatten(0, 1).equal(whole)
-
-
-def test_a_small_scan_is_gone_through_several_times(folder):
-    data = Transitions(folder)
-    split = split_by_patient(data, 1, 1)
-    module = TransitionsModule(data, split, 8, steps_per_epoch=6)
-    seen = torch.cat([b.pose1 for b in module.train_dataloader()])
-    assert len(seen) == 48 == 2 * len(split.train)
-    assert len(torch.unique(seen, dim=0)) == 24
-
-
-def test_refuses_a_batch_larger_than_the_training_part(folder):
-    data = Transitions(folder)
-    with pytest.raises(ValueError, match="batch_size 25 exceeds the 24"):
-        TransitionsModule(data, split_by_patient(data, 1, 1), 25)
-
-
 # What a folder is refused for, each with a broken folder
 
 
@@ -291,6 +237,12 @@ def test_refuses_mixed_sizes_and_oblongs(folder):
 def test_refuses_an_image_outside_its_scan(folder):
     edit(folder / "p1", 0, ft1_image_path="..\\p0\\ft1\\frame_p0_0000.png")
     assert "lies outside its scan" in problems(folder)
+
+
+@pytest.mark.parametrize("place", ["/etc/x.png", "C:\\x.png", "ft1/../../p0/x.png", ".."])
+def test_refuses_other_ways_out(folder, place):
+    edit(folder / "p1", 0, ft2_image_path=place)
+    assert f"image {place} lies outside its scan" in problems(folder)
 
 
 def test_refuses_an_incomplete_mapping(folder):

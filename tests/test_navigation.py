@@ -220,7 +220,7 @@ def run(tmp_path):
     folder = tmp_path / "runs" / "patch-seed0"
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    from dreamer.training import TrainingConfig
+    from dreamer.runs import TrainingConfig
 
     config = {"model": TINY.model_dump(mode="json"),
               "training": TrainingConfig().model_dump(mode="json"), "data": {}}  # fmt: skip

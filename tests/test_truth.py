@@ -12,7 +12,7 @@ from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.phantom import STRUCTURES
 from dreamer.phantom.generate import generate
-from dreamer.training import TrainingConfig, make_split
+from dreamer.runs import TrainingConfig, make_split
 
 NAMES = ("left_ventricle", "septum", "mitral_valve", "left_atrium", "lung", "ribs")
 

@@ -87,11 +87,13 @@ def palette(png: bytes) -> bytes:
         picture, ours = picture.convert("RGB"), Image.new("P", (1, 1))
         greys = {f"#{level:02x}{level:02x}{level:02x}" for level in range(0, 256, 15)}
         kept = [getrgb(colour) for colour in sorted({*greys, *COLOURS.values()})]
+        words = np.array([65536, 256, 1], np.uint32)  # a colour as one number
         chosen = picture.quantize(256 - len(kept)).getpalette()[: 3 * (256 - len(kept))]
         ours.putpalette([*chosen, *np.ravel(kept).tolist()])
         numbers = np.array(picture.quantize(palette=ours, dither=Image.Dither.NONE))
-        for number, colour in enumerate(kept, len(chosen) // 3):  # exactly, not nearly
-            numbers[(np.asarray(picture) == colour).all(-1)] = number
+        colours = np.asarray(picture) @ words
+        for number, colour in enumerate(kept @ words, len(chosen) // 3):  # exactly, not nearly
+            numbers[colours == colour] = number
         picture = Image.fromarray(numbers, "P")
         picture.putpalette(ours.getpalette())
     picture.save(small, "PNG", optimize=True)
@@ -127,15 +129,17 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # places are found; each format would find them again, twice
+    tight = fig.get_tightbbox().padded(0.1)
     for dpi in (160, 120, 90, 70):
         png = io.BytesIO()
-        fig.savefig(png, format="png", dpi=dpi)
+        fig.savefig(png, format="png", dpi=dpi, bbox_inches=tight)
         picture = palette(png.getvalue())
         if len(picture) <= LIMIT:
             break
     svg, pdf = io.BytesIO(), io.BytesIO()
-    fig.savefig(svg, format="svg", dpi=80, metadata={"Date": None})
-    fig.savefig(pdf, format="pdf", dpi=80, metadata={"CreationDate": None})
+    same = {"dpi": 80, "bbox_inches": tight}
+    fig.savefig(svg, format="svg", metadata={"Date": None}, **same)
+    fig.savefig(pdf, format="pdf", metadata={"CreationDate": None}, **same)
     notes = {"caption": caption, "alt": alt, "n": n, "notebook": name[:2]}
     for suffix, content in (
         (".png", picture),
