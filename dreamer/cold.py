@@ -31,7 +31,7 @@ def apart(task: Callable, *arguments: Any) -> Any:
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
-        context.set_forkserver_preload(["dreamer.cold"])
+        context.set_forkserver_preload(["dreamer.cold", "torchvision.models"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_limited, torch.get_num_threads(), task, arguments).result()
 

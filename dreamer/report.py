@@ -5,19 +5,19 @@ that the notebooks wrote, and the executed notebooks stand beside it as HTML.
 """
 
 import base64
+import functools
 import io
 import json
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import nbformat
 import pandas as pd
 import psutil
-from nbconvert import HTMLExporter
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
@@ -47,7 +47,7 @@ def _smaller(picture: str) -> str:
     return f'<img alt="output of the cell above" src="data:image/webp;base64,{inside}">'
 
 
-def _shown(output: nbformat.NotebookNode) -> bool:
+def _shown(output) -> bool:
     """Whether a cell's output stays: no widgets, no progress bars. Its picture is made smaller."""
     if "data" not in output:
         return output.get("name") != "stderr"
@@ -58,13 +58,25 @@ def _shown(output: nbformat.NotebookNode) -> bool:
     return bool(output.data) and not any("widget" in kind for kind in data)
 
 
+@functools.cache
+def _jupyter() -> tuple:
+    """The library that reads notebooks, and what makes HTML of them."""
+    # Compiling this grammar of web addresses takes seconds, and no notebook's schema asks for it.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    return nbformat, HTMLExporter(template_name="basic")
+
+
 def notebook_html(file: Path) -> tuple[str, str]:
     """An executed notebook's title and body as HTML, without scripts, widgets and progress bars."""
+    nbformat, exporter = _jupyter()
     book = nbformat.read(file, as_version=4)
     for cell in book.cells:
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if _shown(output)]
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(book)
+    body, _ = exporter.from_notebook_node(book)
     heads = [c.source.lstrip("# ").splitlines()[0] for c in book.cells if c.source.startswith("# ")]
     return (heads or [file.stem])[0], re.sub(r"<script.*?</script>", "", body, flags=re.S)
 
@@ -76,7 +88,7 @@ def steps(notebooks: str | Path) -> pd.DataFrame:
     """
     ran = []
     for file in sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb")):
-        told = nbformat.read(file, as_version=4).metadata.get("papermill", {})
+        told = json.loads(file.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
         if told.get("duration"):
             when = pd.to_datetime([told["start_time"], told["end_time"]])
             ran.append((file.stem, *when))

@@ -180,11 +180,13 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
     gram = x @ x.T
-    whole = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for _ in range(5):
+    whole: Tensor | None = None
+    for turns in range(5):
         step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         step.diagonal().add_(3.4445)
-        whole, gram = step @ whole, step @ gram @ step
+        whole = step if whole is None else step @ whole
+        if turns < 4:  # the last needs no further one
+            gram = step @ gram @ step
     x = whole @ x
     return x.T if tall else x
 

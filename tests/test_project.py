@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 # Each file imports only from those before it; an entry may be a file or a package.
 ORDER = [
-    "poses", "phantom", "data", "tokens", "model", "training", "evaluation", "navigation",
+    "poses", "phantom", "data", "tokens", "model", "runs", "training", "evaluation", "navigation",
     "arrivals", "costs", "fast", "cold", "benchmark", "ablations", "attribution", "truth",
     "faithfulness", "figures", "explore", "report", "pipeline",
 ]  # fmt: skip

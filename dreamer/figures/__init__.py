@@ -41,6 +41,7 @@ def theme() -> None:
             "figure.constrained_layout.use": True,
             "font.size": 10,
             "axes.titlesize": 10,
+            "axes.titley": 1.0,  # none has ticks above, and looking for them takes half the time
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
@@ -128,18 +129,19 @@ def save(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     fig.draw_without_rendering()
-    fig.set_layout_engine("none")  # places are found; each format would find them again, twice
-    tight = fig.get_tightbbox().padded(0.1)
-    for dpi in (160, 120, 90, 70):
-        png = io.BytesIO()
-        fig.savefig(png, format="png", dpi=dpi, bbox_inches=tight)
-        picture = palette(png.getvalue())
-        if len(picture) <= LIMIT:
-            break
-    svg, pdf = io.BytesIO(), io.BytesIO()
-    same = {"dpi": 80, "bbox_inches": tight}
-    fig.savefig(svg, format="svg", metadata={"Date": None}, **same)
-    fig.savefig(pdf, format="pdf", metadata={"CreationDate": None}, **same)
+    tight, svg, pdf = fig.get_tightbbox().padded(0.1), io.BytesIO(), io.BytesIO()
+    # Places are found; each format would find them again, twice.
+    with matplotlib.rc_context({"figure.constrained_layout.use": False}):
+        fig.set_layout_engine(None)
+        dpi, picture = 160.0, b""
+        while not picture or (len(picture) > LIMIT and dpi > 70):
+            dpi = max(70, 0.95 * dpi * (LIMIT / len(picture)) ** 0.5) if picture else dpi
+            png = io.BytesIO()
+            fig.savefig(png, format="png", dpi=dpi, bbox_inches=tight)
+            picture = palette(png.getvalue())
+        same = {"dpi": 80, "bbox_inches": tight}
+        fig.savefig(svg, format="svg", metadata={"Date": None}, **same)
+        fig.savefig(pdf, format="pdf", metadata={"CreationDate": None}, **same)
     notes = {"caption": caption, "alt": alt, "n": n, "notebook": name[:2]}
     for suffix, content in (
         (".png", picture),

@@ -61,6 +61,10 @@ def actions(motion: pd.DataFrame) -> Figure:
             legend=ax is axes.flat[0], palette="colorblind", warn_singular=False,
         )  # fmt: skip
         ax.set(xlabel=f"{name} ({unit})", ylabel="density" if ax in axes[:, 0] else "")
+    own = axes.flat[0].get_legend()
+    words = [text.get_text() for text in own.get_texts()]
+    fig.legend(own.legend_handles, words, loc="outside upper center", ncols=len(words))
+    own.remove()
     return fig
 
 
