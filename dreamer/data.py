@@ -131,10 +131,11 @@ def _check_actions(path: Path, vectors: NDArray, problems: list[str]) -> None:
 class Transitions(Dataset):
     """All transitions of a folder of scans, checked as a whole before anything else happens.
 
-    N transitions over M distinct frames: `pose1`, `action` (the motion P1^-1 P2), `pose2` float32
-    [N, 6] in mm and degrees; `rows` [N, 2] into `frames` uint8 [M, S, S] (memory-mapped, S is
-    `image_size` or the frames' own); `scan`, `patient`, `motion` [N], `frame` [N, 2] texts;
-    `digest` of the pictures. `patients` maps scan -> patient; without it a scan is a person.
+    N transitions over M distinct frames: `pose1`, `action` (the motion P1^-1 P2), its inverse
+    `undone`, `pose2` float32 [N, 6] in mm and degrees; `rows` [N, 2] into `frames` uint8
+    [M, S, S] (memory-mapped, S is `image_size` or the frames' own); `scan`, `patient`, `motion`
+    [N], `frame` [N, 2] texts; `digest` of the pictures. `patients` maps scan -> patient; without
+    it a scan is a person.
     Raises DataError with every problem found, FileNotFoundError without a folder, OSError where
     the disk is too full for the decoded frames.
     """
@@ -178,6 +179,7 @@ class Transitions(Dataset):
         self.rows = rows.reshape(-1, 2)
         self.pose1, self.pose2 = both[:, 0].float(), both[:, 2].float()
         self.action = poses.relative(both[:, 0], both[:, 2]).float()
+        self.undone = poses.inverse(self.action)
         self.scan = np.array([name for name, _ in kept])
         self.patient = np.array([(patients or {}).get(name, name) for name, _ in kept])
         self.frame = np.array([[r[f] for f in FRAMES] for _, r in kept])
@@ -213,7 +215,7 @@ class Transitions(Dataset):
             back = torch.from_numpy(reverse)[:, None]
             first, second = np.where(reverse, second, first), np.where(reverse, first, second)
             pose1, pose2 = torch.where(back, pose2, pose1), torch.where(back, pose1, pose2)
-            action = torch.where(back, poses.inverse(action), action)
+            action = torch.where(back, self.undone[indices], action)
         if identity is not None:
             second = np.where(identity, first, second)
             still = torch.from_numpy(identity)[:, None]

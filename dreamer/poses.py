@@ -66,9 +66,21 @@ def _inverse_matrix(matrix: Tensor) -> Tensor:
     return inverse
 
 
+def _matrices(*given: Tensor) -> Tensor:
+    # At once: for a batch of a training the many small steps take longer than their numbers.
+    return to_matrix(torch.stack(torch.broadcast_tensors(*map(_checked, given))))
+
+
 def compose(first: Tensor, then: Tensor) -> Tensor:
     """The pose [..., 6] reached from pose `first` by the motion `then` in the probe's own frame."""
-    return from_matrix(to_matrix(first) @ to_matrix(then))
+    start, motion = _matrices(first, then)
+    return from_matrix(start @ motion)
+
+
+def before(reached: Tensor, motion: Tensor) -> Tensor:
+    """The pose [..., 6] from which `motion`, in the probe's own frame, led to `reached`."""
+    end, made = _matrices(reached, motion)
+    return from_matrix(end @ _inverse_matrix(made))
 
 
 def inverse(pose: Tensor) -> Tensor:
@@ -78,7 +90,8 @@ def inverse(pose: Tensor) -> Tensor:
 
 def relative(start: Tensor, end: Tensor) -> Tensor:
     """The motion [..., 6], in the probe's frame at `start`, that leads from `start` to `end`."""
-    return from_matrix(_inverse_matrix(to_matrix(start)) @ to_matrix(end))
+    here, there = _matrices(start, end)
+    return from_matrix(_inverse_matrix(here) @ there)
 
 
 def remaining(pose: Tensor) -> Tensor:

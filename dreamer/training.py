@@ -119,7 +119,7 @@ def losses(
     are composed in float32 whatever the precision of the networks.
     """
     with torch.autocast(dream.pose.device.type, enabled=False):
-        composed = poses.compose(dream.pose, poses.inverse(batch.action))
+        composed = poses.before(dream.pose, batch.action)
         terms = {
             "composed": _smooth(composed, batch.pose1, spread, config.beta),
             "imagined": _smooth(dream.pose, batch.pose2, spread, config.beta),

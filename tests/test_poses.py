@@ -50,9 +50,9 @@ def test_round_trips(dtype, close):
     nothing = poses.compose(pose, poses.inverse(pose))
     assert nothing.abs().max() < close
     # P1 = P2 A^-1, the identity on which the loss rests
-    back = poses.compose(other, poses.inverse(motion))
-    gap = poses.errors(back, pose)
-    assert max(gap.translation.max(), gap.rotation.max()) < 5 * close
+    for back in (poses.compose(other, poses.inverse(motion)), poses.before(other, motion)):
+        gap = poses.errors(back, pose)
+        assert max(gap.translation.max(), gap.rotation.max()) < 5 * close
 
 
 @pytest.mark.parametrize("pitch", [90.0, -90.0, 89.999, -89.999, 89.9999999])
