@@ -215,11 +215,20 @@ rule train:
             f"--output {RUNS}/tables/{{run}}/{name}"
             for name in PROMISED.get(TRAINING, ())
         ],
+    wildcard_constraints:
+        run="(?!none).+",
     threads: 1 if SMALL else 8
+    priority: 2  # the long ones first: what is short fills the cores at the end
     resources:
         trainer=0 if SMALL else 1,
     shell:
         RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}" + DONE
+
+
+use rule train as control with:
+    wildcard_constraints:
+        run="none.+",
+    priority: 1
 
 
 for step in NOTEBOOKS:

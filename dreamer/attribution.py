@@ -202,21 +202,51 @@ def attribute(
 
 
 def _integrated(ask, x, b, a, steps: int, limit: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Integrated gradients, its relative error, its steps; doubled where the error is too large."""
-    maps, error = torch.zeros_like(x), x.new_full((len(x),), torch.inf)
-    used, method, limit = torch.zeros_like(error), IntegratedGradients(ask), limit or steps
+    """Integrated gradients, its relative error, its steps. Where the error is too large, the piece
+    of the way from b to x that misses most is halved and both halves are asked anew."""
+    method, pieces = IntegratedGradients(ask), [[] for _ in x]  # [missed, ends, answers, map]
     with torch.no_grad():
-        change = ask(x, a) - ask(b, a)
-    while (todo := torch.nonzero(error > TOLERANCE)[:, 0]).numel() and steps <= limit:
-        for t in todo.split(max(1, rows // steps)):
-            maps[t] = method.attribute(
-                x[t], b[t], additional_forward_args=a[t], n_steps=steps,
-                internal_batch_size=max(rows, len(t)),
-            )  # fmt: skip
-            delta = maps[t].sum((1, 2, 3)) - change[t]
-            error[t], used[t] = delta.abs() / change[t].abs().clamp_min(1e-6), float(steps)
-        steps *= 2
-    return maps, error, used
+        ends = torch.stack((ask(b, a), ask(x, a)), 1)
+    change = (ends[:, 1] - ends[:, 0]).abs().clamp_min(1e-6).cpu()
+    todo = [(k, torch.tensor([0.0, 1.0]), ends[k]) for k in range(len(x))]
+    used, size = x.new_zeros(len(x)), max(1, rows // steps)
+    while todo:
+        for part in (todo[s : s + size] for s in range(0, len(todo), size)):
+            k = [number for number, *_ in part]
+            way, told = (torch.stack(values).to(x) for values in list(zip(*part, strict=True))[1:])
+            low, high = (torch.lerp(b[k], x[k], w.view(-1, 1, 1, 1)) for w in way.unbind(1))
+            found = method.attribute(
+                high, low, additional_forward_args=a[k], n_steps=steps,
+                internal_batch_size=max(rows, len(k)),
+            ).detach()  # fmt: skip
+            missed = found.sum((1, 2, 3)) - told[:, 1] + told[:, 0]
+            for row, (number, *where) in enumerate(part):
+                pieces[number].append((float(missed[row]), *where, found[row]))
+                used[number] += steps
+        missed = torch.tensor([sum(piece[0] for piece in own) for own in pieces]).abs() / change
+        again = torch.nonzero((missed > TOLERANCE) & (used.cpu() + 2 * steps <= limit))[:, 0]
+        todo = []
+        for k in again.tolist():
+            worst = max(range(len(pieces[k])), key=lambda n: abs(pieces[k][n][0]))
+            _, way, told, _ = pieces[k].pop(worst)
+            todo.append((k, way, told))
+        todo = _halves(ask, x, b, a, todo, rows)
+    maps = torch.stack([sum(piece[3] for piece in own) for own in pieces])
+    return maps, missed.to(x), used
+
+
+@torch.no_grad()
+def _halves(ask, x, b, a, pieces: list, rows: int) -> list:
+    """Both halves of each piece (row, its ends as shares of the way, the answers there)."""
+    halves = []
+    for part in (pieces[s : s + rows] for s in range(0, len(pieces), rows)):
+        k = [row for row, *_ in part]
+        middle = torch.stack([way for _, way, _ in part]).mean(1)
+        answers = ask(torch.lerp(b[k], x[k], middle.to(x).view(-1, 1, 1, 1)), a[k])
+        for (row, way, told), at, value in zip(part, middle, answers, strict=True):
+            halves.append((row, torch.stack((way[0], at)), torch.stack((told[0], value))))
+            halves.append((row, torch.stack((at, way[1])), torch.stack((value, told[1]))))
+    return halves
 
 
 @torch.no_grad()
