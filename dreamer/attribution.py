@@ -155,10 +155,10 @@ def attribute(
     """`Maps` of what moves `target` on feature maps [N, C, h, w], by one of METHODS.
 
     `baseline` [1 or N, C, h, w]: zero without one. `action` [N, 6]: none by default, which asks
-    about the frame itself. Integrated gradients doubles `steps` up to `limit` where it misses more
-    than TOLERANCE, and warns where it still does; `limit` 0 takes the steps as they are. Occlusion
-    hides the frames `images` [N, 1, S, S] by grey boxes of a cell's size. ValueError on unknown
-    names.
+    about the frame itself. Integrated gradients takes `steps`, and as many for each half of a
+    piece of the way while it misses more than TOLERANCE, up to `limit` (0 takes none more), and
+    warns where it still does. Occlusion hides the frames `images` [N, 1, S, S] by grey boxes of a
+    cell's size. ValueError on unknown names.
     """
     known(method, "method", METHODS)
     if method == "occlusion" and images is None:
@@ -203,50 +203,52 @@ def attribute(
 
 def _integrated(ask, x, b, a, steps: int, limit: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Integrated gradients, its relative error, its steps. Where the error is too large, the piece
-    of the way from b to x that misses most is halved and both halves are asked anew."""
-    method, pieces = IntegratedGradients(ask), [[] for _ in x]  # [missed, ends, answers, map]
+    of the way from b to x that misses most is halved, and its halves are asked instead."""
     with torch.no_grad():
         ends = torch.stack((ask(b, a), ask(x, a)), 1)
-    change = (ends[:, 1] - ends[:, 0]).abs().clamp_min(1e-6).cpu()
-    todo = [(k, torch.tensor([0.0, 1.0]), ends[k]) for k in range(len(x))]
-    used, size = x.new_zeros(len(x)), max(1, rows // steps)
+    change = (ends[:, 1] - ends[:, 0]).abs().clamp_min(1e-6)
+    method, pieces = IntegratedGradients(ask), [[] for _ in x]  # of each: missed, way, answers, map
+    todo = [(k, x.new_tensor([0.0, 1.0]), ends[k]) for k in range(len(x))]
     while todo:
-        for part in (todo[s : s + size] for s in range(0, len(todo), size)):
-            k = [number for number, *_ in part]
-            way, told = (torch.stack(values).to(x) for values in list(zip(*part, strict=True))[1:])
-            low, high = (torch.lerp(b[k], x[k], w.view(-1, 1, 1, 1)) for w in way.unbind(1))
+        for p in parts_of(len(todo), rows // steps, None):
+            k, way, told = (list(values) for values in zip(*todo[p], strict=True))
+            low, high = (_along(b[k], x[k], w) for w in torch.stack(way).unbind(1))
             found = method.attribute(
                 high, low, additional_forward_args=a[k], n_steps=steps,
                 internal_batch_size=max(rows, len(k)),
             ).detach()  # fmt: skip
-            missed = found.sum((1, 2, 3)) - told[:, 1] + told[:, 0]
-            for row, (number, *where) in enumerate(part):
-                pieces[number].append((float(missed[row]), *where, found[row]))
-                used[number] += steps
-        missed = torch.tensor([sum(piece[0] for piece in own) for own in pieces]).abs() / change
-        again = torch.nonzero((missed > TOLERANCE) & (used.cpu() + 2 * steps <= limit))[:, 0]
+            missed = found.sum((1, 2, 3)) - torch.stack(told).diff(dim=1)[:, 0]
+            for number, *piece in zip(k, missed.tolist(), way, told, found, strict=True):
+                pieces[number].append(piece)
+        missed = x.new_tensor([sum(piece[0] for piece in own) for own in pieces]).abs() / change
+        used = x.new_tensor([steps * (2 * len(own) - 1) for own in pieces])
         todo = []
-        for k in again.tolist():
-            worst = max(range(len(pieces[k])), key=lambda n: abs(pieces[k][n][0]))
-            _, way, told, _ = pieces[k].pop(worst)
-            todo.append((k, way, told))
-        todo = _halves(ask, x, b, a, todo, rows)
-    maps = torch.stack([sum(piece[3] for piece in own) for own in pieces])
-    return maps, missed.to(x), used
+        for k in torch.nonzero((missed > TOLERANCE) & (used + 2 * steps <= limit))[:, 0].tolist():
+            worst = max(pieces[k], key=lambda piece: abs(piece[0]))
+            pieces[k] = [piece for piece in pieces[k] if piece is not worst]
+            todo.append((k, *worst[1:3]))
+        todo = _halves(ask, x, b, a, todo)
+    return torch.stack([sum(piece[3] for piece in own) for own in pieces]), missed, used
+
+
+def _along(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """Maps [B, C, h, w] at shares [B] of the way from `start` to `end`."""
+    return torch.lerp(start, end, share[:, None, None, None])
 
 
 @torch.no_grad()
-def _halves(ask, x, b, a, pieces: list, rows: int) -> list:
-    """Both halves of each piece (row, its ends as shares of the way, the answers there)."""
-    halves = []
-    for part in (pieces[s : s + rows] for s in range(0, len(pieces), rows)):
-        k = [row for row, *_ in part]
-        middle = torch.stack([way for _, way, _ in part]).mean(1)
-        answers = ask(torch.lerp(b[k], x[k], middle.to(x).view(-1, 1, 1, 1)), a[k])
-        for (row, way, told), at, value in zip(part, middle, answers, strict=True):
-            halves.append((row, torch.stack((way[0], at)), torch.stack((told[0], value))))
-            halves.append((row, torch.stack((at, way[1])), torch.stack((value, told[1]))))
-    return halves
+def _halves(ask, x, b, a, pieces: list[tuple]) -> list[tuple]:
+    """Both halves of pieces (row, way [2] as shares, answers [2] at its ends)."""
+    if not pieces:
+        return []
+    k, way, _ = (list(values) for values in zip(*pieces, strict=True))
+    middle = torch.stack(way).mean(1)
+    value = ask(_along(b[k], x[k], middle), a[k])
+    return [
+        (row, torch.stack(ends), torch.stack(answers))
+        for (row, way, told), at, said in zip(pieces, middle, value, strict=True)
+        for ends, answers in (((way[0], at), (told[0], said)), ((at, way[1]), (said, told[1])))
+    ]
 
 
 @torch.no_grad()

@@ -131,6 +131,20 @@ def test_steps_grow_until_the_integral_converges(features, caplog):
     assert not caplog.records
 
 
+def test_only_the_piece_of_the_way_that_misses_is_asked_again():
+    class Kink(nn.Module):  # at 0.7 of the way of the first map; the second never gets there
+        def forward(self, features, action):
+            mean = features.mean((1, 2, 3))
+            return mean + 100 * (mean - 0.7).clamp_min(0)
+
+    x = torch.ones(2, C, H, H) * torch.tensor([1.0, 0.5])[:, None, None, None]
+    given = Kink(), x, torch.zeros_like(x), torch.zeros(2, 6)
+    maps, error, steps = attribution._integrated(*given, steps=4, limit=64, rows=16)
+    assert steps[1] == 4 and steps[0] in (12, 20, 28)
+    assert (error <= attribution.TOLERANCE).all()
+    assert torch.allclose(maps.sum((1, 2, 3)), torch.tensor([31.0, 0.5]), rtol=0.05)
+
+
 def test_a_map_that_does_not_converge_is_told(features, caplog):
     maps = attribution.attribute(Additive(bend=50.0), features, "x", steps=1, limit=1)
     assert (maps.error > attribution.TOLERANCE).all()
