@@ -47,6 +47,7 @@ def path(position: NDArray, ax: Axes, surfaces: Mapping[str, NDArray] | None = N
     ax.plot(0, 0, 0, "*", ms=9, color=COLOURS["truth"], label="target")
     ax.set(xlabel="x (mm)", ylabel="y (mm)", zlabel="z, depth (mm)")
     ax.set_aspect("equal")
+    ax.locator_params(axis="y", nbins=3)  # seen from the side: more would lie on one another
     ax.invert_zaxis()
     ax.view_init(elev=12, azim=-70)
     ax.legend(fontsize=8, loc="upper left")
