@@ -134,7 +134,7 @@ def baseline_map(
         return encode(model, training).mean(0, keepdim=True)
     soft = images.float() / (1 if images.is_floating_point() else 255)
     sigma = images.shape[-1] / 8
-    soft = gaussian_filter(soft.numpy(), sigma, mode="mirror", truncate=1.5, axes=(2, 3))
+    soft = gaussian_filter(soft.cpu().numpy(), sigma, mode="mirror", truncate=1.5, axes=(2, 3))
     return encode(model, torch.from_numpy(soft))
 
 

@@ -171,7 +171,11 @@ class Transitions(Dataset):
             vectors.append(values)
             kept += [(scan.name, record) for record in records]
             named = [record[field] for record in records for field in IMAGES]
-            found = {text: _image_path(scan, text, problems) for text in dict.fromkeys(named)}
+            home, known = scan.resolve(), {}
+            found = {
+                text: _image_path(scan, home, known, text, problems)
+                for text in dict.fromkeys(named)
+            }
             paths += [found[text] for text in named]
         rows, self.frames, self.digest = _frames(self.folder, paths, image_size, cache, problems)
 
@@ -223,11 +227,20 @@ class Transitions(Dataset):
         return Batch(self.images(first), self.images(second), pose1, action, pose2)
 
 
-def _image_path(scan: Path, text: str, problems: list[str]) -> str:
+def _image_path(
+    scan: Path, home: Path, known: dict[str, bool], text: str, problems: list[str]
+) -> str:
+    """The path of an image; `known` remembers which folders lie inside the scan's `home`."""
     # As text: for thousands of frames Path takes longer than reading them.
-    home = f"{scan}{os.sep}"
-    path = os.path.normpath(home + text.replace("\\", "/"))
-    if not path.startswith(os.path.normpath(scan) + os.sep) or PureWindowsPath(text).anchor:
+    path = os.path.normpath(f"{scan}{os.sep}" + text.replace("\\", "/"))
+    inside = path.startswith(os.path.normpath(scan) + os.sep) and not PureWindowsPath(text).anchor
+    if inside:
+        folder = os.path.dirname(path)
+        if folder not in known:
+            known[folder] = Path(folder).resolve().is_relative_to(home)
+        linked = os.path.islink(path)
+        inside = Path(path).resolve().is_relative_to(home) if linked else known[folder]
+    if not inside:
         problems.append(f"{scan / RECORDS}: image {text} lies outside its scan; move it inside")
     return path
 

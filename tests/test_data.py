@@ -245,6 +245,19 @@ def test_refuses_other_ways_out(folder, place):
     assert f"image {place} lies outside its scan" in problems(folder)
 
 
+def test_refuses_links_that_lead_out_of_the_scan(folder):
+    file = next((folder / "p1" / "ft1").glob("*0004.png"))
+    file.unlink()
+    file.symlink_to(next((folder / "p0" / "ft1").glob("*0004.png")))
+    assert "0004.png lies outside its scan" in problems(folder)
+    file.unlink()
+    file.symlink_to(next((folder / "p1" / "ft1").glob("*0003.png")))
+    Transitions(folder)
+    shutil.rmtree(folder / "p1" / "ft1")
+    (folder / "p1" / "ft1").symlink_to(folder / "p0" / "ft1")
+    assert "lies outside its scan" in problems(folder)
+
+
 def test_refuses_an_incomplete_mapping(folder):
     assert "no patient given for scan p2, p3" in problems(folder, patients={"p0": "A", "p1": "B"})
 
