@@ -9,15 +9,15 @@
 
 A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
 takes `runs` for every training. Notebooks that do not exist yet are no steps. Where the models are
-small a step has one core to itself, so that several run side by side; of larger ones each takes all
-cores, and one at a time, since each asks for the one `trainer` that `make figures` grants. So do
-always those that measure time or share out the cores themselves.
+small a step has one core to itself, so that several run side by side, and the longest, which shares
+out the cores by itself, has what the others leave of all; of larger models each takes all cores,
+and one at a time, since each asks for the one `trainer` that `make figures` grants. So do always
+those that measure time.
 """
 
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
 
 import dreamer.pipeline
@@ -62,7 +62,8 @@ SMOKE = {
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
 SMALL = PRESET in ("laptop", "smoke")  # a second core would make one of these a third faster
-ALONE = ("03_benchmark", "06_attribution", "07_ablations")
+ALONE = ("03_benchmark", "07_ablations")
+LONG = "06_attribution"
 SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
@@ -170,9 +171,10 @@ def needs(step):
 
 # One notebook: refuses unknown parameters, fails without the promised files, keeps what was run.
 RUN = (
-    f"OMP_NUM_THREADS={{threads}} {sys.executable} -m dreamer.pipeline {{input[0]}} --executed {{log[0]}} "
+    f"{sys.executable} -m dreamer.pipeline {{input[0]}} --executed {{log[0]}} "
     f"--timeout {TIMEOUT} -y {{params.parameters:q}} {{params.promised}}"
 )
+ON = "OMP_NUM_THREADS={threads} "  # without it libraries take all cores that they find
 
 # A mark says when: Snakemake takes an input that is small and reads as before for unchanged, and what
 # stood on an earlier training would be kept where the pipeline was stopped after the new one.
@@ -190,14 +192,11 @@ if not OWN_DATA:
         output:
             DATA_READY[0],
         params:
-            data=DATA,
-            sizes=dict(patients=patients, frames=frames, size=size, target=PLANE),
+            draw=f"from dreamer.phantom import generate; generate({DATA!r}, patients={patients}, "
+            f"frames={frames}, size={size}, target={PLANE!r}, seed=0)",
         threads: 8
-        run:
-            from dreamer.phantom import generate
-
-            generate(params.data, seed=0, **params.sizes)
-            Path(output[0]).write_text(time.ctime())
+        shell:
+            f"{sys.executable} -c {{params.draw:q}} && date > {{output[0]}}"
 
 
 rule train:
@@ -222,7 +221,7 @@ rule train:
     resources:
         trainer=0 if SMALL else 1,
     shell:
-        RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}" + DONE
+        ON + RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}" + DONE
 
 
 use rule train as control with:
@@ -249,10 +248,11 @@ for step in NOTEBOOKS:
             parameters=parameters(step),
             promised=[f"--output {OUTPUT}/{name}" for name in PROMISED.get(step, ())],
         threads: 1 if SMALL and step not in ALONE else 8
+        priority: 1 if step == LONG else 0
         resources:
             trainer=0 if SMALL and step not in ALONE else 1,
         shell:
-            RUN + DONE
+            ("" if SMALL and step == LONG else ON) + RUN + DONE
 
 
 rule page:

@@ -49,6 +49,7 @@ from dreamer.runs import has_bf16, versions, write_whole
 log = logging.getLogger(__name__)
 
 ORDERS = {CLAIMED: ("channel", "patch"), MIRRORED: ("patch", "channel")}
+BATCHES = {"cpu": (1, 4, 8), "cuda": (1, 4, 16, 64)}
 LAYERS = 2  # of the blocks, all alike, that are compared with PyTorch's
 ENOUGH = 30.0  # seconds of rounds at the claim's batch after which no further one begins
 Call = Callable[[], Any]

@@ -380,10 +380,12 @@ class LitDreamer(pl.LightningModule):
         else:
             optimizer = torch.optim.AdamW(trainable, config.learning_rate, **options)
         steps = int(self.trainer.estimated_stepping_batches)
-        if config.schedule == "one-cycle":
+        if config.schedule in ("one-cycle", "linear"):
+            linear = {"anneal_strategy": "linear", "pct_start": 0.15}
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, config.learning_rate, total_steps=steps, cycle_momentum=False
-            )
+                optimizer, config.learning_rate, total_steps=steps, cycle_momentum=False,
+                **(linear if config.schedule == "linear" else {}),
+            )  # fmt: skip
         elif config.schedule == "cosine":
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         elif config.schedule == "warm-restarts":

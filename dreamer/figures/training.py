@@ -1,11 +1,12 @@
 """Figures of a training: curves while it runs, predictions against the truth, accuracy."""
 
+import io
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import display
+from IPython.display import Image, display
 from matplotlib.figure import Figure
 
 from dreamer.figures import COLOURS, above, name_lines, points
@@ -35,10 +36,11 @@ def live(name: str = "") -> Callable[[pd.DataFrame], None]:
     handle = display(display_id=True)
 
     def draw(table: pd.DataFrame) -> None:
-        fig = curves(table, name)
-        if handle is not None:
-            handle.update(fig)
+        fig, png = curves(table, name), io.BytesIO()
+        fig.savefig(png, format="png", bbox_inches="standard")  # laid out once, not again to crop
         plt.close(fig)
+        if handle is not None:
+            handle.update(Image(png.getvalue()))
 
     return draw
 
