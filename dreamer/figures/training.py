@@ -37,7 +37,7 @@ def live(name: str = "") -> Callable[[pd.DataFrame], None]:
 
     def draw(table: pd.DataFrame) -> None:
         fig, png = curves(table, name), io.BytesIO()
-        fig.savefig(png, format="png", bbox_inches="standard")  # laid out once, not again to crop
+        fig.canvas.print_png(png)  # laid out once, not again to crop
         plt.close(fig)
         if handle is not None:
             handle.update(Image(png.getvalue()))
