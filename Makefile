@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 # Bytecode is made once, or every process would wait for it where Python may not write it; not for
 # what the pipeline never imports.
-SELDOM := '/tests?/|/(_inductor|debugpy|docutils|networkx|pip|playwright|setuptools|sqlalchemy|testing)/'
+SELDOM := '/tests?/|/(_inductor|docutils|networkx|pip|playwright|setuptools|sqlalchemy|testing)/'
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export UV_HTTP_TIMEOUT ?= 300
 

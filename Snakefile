@@ -9,10 +9,9 @@
 
 A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
 takes `runs` for every training. Notebooks that do not exist yet are no steps. Where the models are
-small a step has one core to itself, so that several run side by side, and the longest, which shares
-out the cores by itself, has what the others leave of all; of larger models each takes all cores,
-and one at a time, since each asks for the one `trainer` that `make figures` grants. So do always
-those that measure time.
+small a step has one core to itself, so that several run side by side; of larger ones each takes all
+cores, and one at a time, since each asks for the one `trainer` that `make figures` grants. So do
+always those that measure time or share out the cores themselves.
 """
 
 import hashlib
@@ -62,8 +61,7 @@ SMOKE = {
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
 SMALL = PRESET in ("laptop", "smoke")  # a second core would make one of these a third faster
-ALONE = ("03_benchmark", "07_ablations")
-LONG = "06_attribution"
+ALONE = ("03_benchmark", "06_attribution", "07_ablations")
 SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
@@ -171,10 +169,9 @@ def needs(step):
 
 # One notebook: refuses unknown parameters, fails without the promised files, keeps what was run.
 RUN = (
-    f"{sys.executable} -m dreamer.pipeline {{input[0]}} --executed {{log[0]}} "
+    f"OMP_NUM_THREADS={{threads}} {sys.executable} -m dreamer.pipeline {{input[0]}} --executed {{log[0]}} "
     f"--timeout {TIMEOUT} -y {{params.parameters:q}} {{params.promised}}"
 )
-ON = "OMP_NUM_THREADS={threads} "  # without it libraries take all cores that they find
 
 # A mark says when: Snakemake takes an input that is small and reads as before for unchanged, and what
 # stood on an earlier training would be kept where the pipeline was stopped after the new one.
@@ -221,7 +218,7 @@ rule train:
     resources:
         trainer=0 if SMALL else 1,
     shell:
-        ON + RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}" + DONE
+        RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}" + DONE
 
 
 use rule train as control with:
@@ -248,11 +245,10 @@ for step in NOTEBOOKS:
             parameters=parameters(step),
             promised=[f"--output {OUTPUT}/{name}" for name in PROMISED.get(step, ())],
         threads: 1 if SMALL and step not in ALONE else 8
-        priority: 1 if step == LONG else 0
         resources:
             trainer=0 if SMALL and step not in ALONE else 1,
         shell:
-            ("" if SMALL and step == LONG else ON) + RUN + DONE
+            RUN + DONE
 
 
 rule page:

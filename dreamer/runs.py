@@ -36,8 +36,7 @@ class TrainingConfig(BaseModel):
     `rotate` (degrees, drawn up to it) and `mixup` (its beta distribution's parameter) are the
     strengths of `vary`, `turn` and mix-up, 0 is off. `batch_size`: of all processes together, a
     step takes `accumulate` of them. `steps_per_epoch`: batches, 0 is one pass over the data.
-    `optimizer`: AdamW as published, or `Muon`. `schedule`: linear rises for 15% of the steps and
-    falls straight to zero. `restarts`: cycles of warm-restarts. `patience`:
+    `optimizer`: AdamW as published, or `Muon`. `restarts`: cycles of warm-restarts. `patience`:
     epochs without a better validation loss before stopping, 0 never stops. `split`: patient, blocks
     (one scan, in time) or auto (patient where there are three). `val`, `test`: patients, a number
     or names. `precision`: auto is bf16 where the machine has it. `devices`: on each of `nodes`.
@@ -53,7 +52,7 @@ class TrainingConfig(BaseModel):
     clip: float = Field(1.0, gt=0)
     accumulate: int = Field(1, ge=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    schedule: Literal["one-cycle", "linear", "cosine", "warm-restarts", "constant"] = "one-cycle"
+    schedule: Literal["one-cycle", "cosine", "warm-restarts", "constant"] = "one-cycle"
     restarts: int = Field(4, ge=1)
     composed: float = Field(1.0, ge=0)
     imagined: float = Field(1.0, ge=0)

@@ -380,12 +380,10 @@ class LitDreamer(pl.LightningModule):
         else:
             optimizer = torch.optim.AdamW(trainable, config.learning_rate, **options)
         steps = int(self.trainer.estimated_stepping_batches)
-        if config.schedule in ("one-cycle", "linear"):
-            linear = {"anneal_strategy": "linear", "pct_start": 0.15}
+        if config.schedule == "one-cycle":
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, config.learning_rate, total_steps=steps, cycle_momentum=False,
-                **(linear if config.schedule == "linear" else {}),
-            )  # fmt: skip
+                optimizer, config.learning_rate, total_steps=steps, cycle_momentum=False
+            )
         elif config.schedule == "cosine":
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         elif config.schedule == "warm-restarts":
