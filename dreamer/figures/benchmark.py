@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from dreamer.costs import BATCH, CLAIMED, FRESH, MIRRORED, PARTS, VARIANTS, crossing, select
 from dreamer.figures import COLOURS, above, whiskers
@@ -72,6 +73,9 @@ def against_batch(results: pd.DataFrame) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set(xlabel="batch", xticks=sorted(rows["batch"].unique()))
         ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")  # 0.2, not 2 times a power of ten
+        ax.yaxis.set_minor_locator(NullLocator())
     axes[1].legend(fontsize=8)
     return fig
 
