@@ -6,9 +6,6 @@ UV := uv==0.13.9
 BIN := .venv/bin
 # The environment is remade when what it is made from changes, whatever the files' dates say.
 STAMP := .venv/installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d ' ' -f 1)
-# Bytecode is made once, or every process would wait for it where Python may not write it; not for
-# what the pipeline never imports.
-SELDOM := '/tests?/|/(_inductor|docutils|networkx|pip|playwright|setuptools|sqlalchemy|testing)/'
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export UV_HTTP_TIMEOUT ?= 300
 
@@ -49,7 +46,8 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet -r requirements.txt
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps -e .
-	@$(BIN)/python -m compileall -q -j 0 -x $(SELDOM) .venv/lib || true
+	@# Bytecode once, or every process waits for it where Python may not write it; no library's tests.
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib || true
 	@touch $@ && rm .venv/installing
 
 clean:
