@@ -44,10 +44,8 @@ $(STAMP): requirements.txt pyproject.toml
 	@rm -f .venv/installed-*
 	@mkdir -p .venv && touch .venv/installing && $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	@$(BIN)/uv pip install --python $(BIN)/python --quiet -r requirements.txt
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -r requirements.txt
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps -e .
-	@# Bytecode once, or every process waits for it where Python may not write it; no library's tests.
-	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib || true
 	@touch $@ && rm .venv/installing
 
 clean:
