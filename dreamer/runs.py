@@ -8,7 +8,6 @@ at runs imports this, and does not wait for Lightning.
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import subprocess
 import time
@@ -20,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
 
+from dreamer.files import write_whole  # noqa: F401
 from dreamer.data import Split, Transitions, split_by_blocks, split_by_patient
 from dreamer.model import CardiacDreamer, ModelConfig
 
@@ -120,13 +120,6 @@ def has_bf16() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then moved there."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def versions() -> dict[str, str]:

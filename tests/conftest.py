@@ -44,7 +44,7 @@ def page(tmp_path_factory):
     """A small page with a figure, verdicts, a short and a long table and a notebook."""
     import matplotlib.pyplot as plt
 
-    from dreamer.figures import save
+    from dreamer.plots import save
     from dreamer.report import write_page
 
     folder = tmp_path_factory.mktemp("page")

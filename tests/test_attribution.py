@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dreamer import attribution, faithfulness
+from dreamer import attribution
+from dreamer.study import faithfulness
 from dreamer.model import CardiacDreamer, Dream, ModelConfig
 
 C, H = 8, 3

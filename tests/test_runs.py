@@ -42,6 +42,6 @@ def test_refuses_training_fields(fields):
 
 def test_what_does_not_train_does_not_wait_for_what_trains():
     heavy = ("pytorch_lightning", "torchvision", "torch._dynamo")
-    code = "import sys, dreamer.faithfulness, dreamer.arrivals, dreamer.cold; print(*sys.modules)"
+    code = "import sys, dreamer.study.faithfulness, dreamer.study.arrivals, dreamer.study.cold; print(*sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "dreamer.runs" in told.stdout and not set(heavy) & set(told.stdout.split())

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dreamer.figures import COLOURS, above, name_lines, points
+from dreamer.plots import COLOURS, above, name_lines, points
 
 PRICES = {"parameters": "parameters", "flop": "FLOP", "step_ms": "time of a step",
           "peak_mib": "peak memory"}  # fmt: skip

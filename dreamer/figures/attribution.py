@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from dreamer.figures import COLOURS, whiskers
+from dreamer.plots import COLOURS, whiskers
 
 UP, DOWN = "#FFC20A", "#1E90FF"
 SIGNED = LinearSegmentedColormap.from_list("signed", [DOWN, "#000000", UP])

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from dreamer.costs import BATCH, CLAIMED, FRESH, MIRRORED, PARTS, VARIANTS, crossing, select
-from dreamer.figures import COLOURS, above, whiskers
+from dreamer.study.costs import BATCH, CLAIMED, FRESH, MIRRORED, PARTS, VARIANTS, crossing, select
+from dreamer.plots import COLOURS, above, whiskers
 
 STYLES = {"plain": "-", "fast": "--", "compiled": ":"}
 SHADES = ("#4d4d4d", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#cccccc")  # parts, rest

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dreamer.figures import COLOURS, above, name_lines, points
+from dreamer.plots import COLOURS, above, name_lines, points
 
 AGAINST = {
     "epoch": "epochs",

@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dreamer.figures import COLOURS, above, name_lines, points
+from dreamer.plots import COLOURS, above, name_lines, points
 from dreamer.poses import AXES, UNITS
 
 PARTS = {"train": COLOURS["patch"], "val": "#E69F00", "test": COLOURS["truth"]}

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from dreamer.figures import COLOURS, LIMIT, whiskers
+from dreamer.plots import COLOURS, LIMIT, whiskers
 
 STYLES = {"follow": ":", "average": "-", "plan": "--"}
 CONTROL = {"stay": "#999999", "random": "#E69F00", "mean": "#000000", "oracle": COLOURS["truth"]}

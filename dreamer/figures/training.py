@@ -9,7 +9,7 @@ import pandas as pd
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
-from dreamer.figures import COLOURS, above, name_lines, points
+from dreamer.plots import COLOURS, above, name_lines, points
 from dreamer.poses import AXES, UNITS
 
 

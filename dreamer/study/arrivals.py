@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dreamer import poses
-from dreamer.evaluation import bootstrap, difference
+from dreamer.study.accuracy import bootstrap, difference
 from dreamer.model import CardiacDreamer
-from dreamer.navigation import (
+from dreamer.study.closed_loop import (
     TOLERANCES,
     Blind,
     Follow,

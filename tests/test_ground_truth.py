@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from dreamer import attribution, faithfulness, truth
+from dreamer import attribution
+from dreamer.study import faithfulness, ground_truth as truth
 from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.phantom import STRUCTURES

@@ -38,10 +38,10 @@ from dreamer.attribution import (
     parts_of,
     rows_at_once,
 )
-from dreamer.evaluation import bootstrap
+from dreamer.study.accuracy import bootstrap
 from dreamer.model import CardiacDreamer
 from dreamer.phantom import crew
-from dreamer.truth import Anatomy, Sample, against_truth
+from dreamer.study.ground_truth import Anatomy, Sample, against_truth
 
 CONTROLS = ("random", "edges", "centre")
 PASS = 0.3  # rank correlation with the trained map that may be left when nothing trained is

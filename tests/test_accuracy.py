@@ -5,7 +5,7 @@ import torch
 from scans import write_scan
 
 from dreamer.data import Transitions, split_by_blocks, split_by_patient
-from dreamer.evaluation import (
+from dreamer.study.accuracy import (
     PREDICTED,
     TRUE,
     accuracy,

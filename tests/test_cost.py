@@ -10,8 +10,8 @@ import pytest
 import torch
 from scans import TINY
 
-from dreamer import benchmark, cold, costs
-from dreamer.fast import QUERIES, InParts, difference, fast
+from dreamer.study import cost as benchmark, cold, costs
+from dreamer.study.fast import QUERIES, InParts, difference, fast
 from dreamer.figures import benchmark as draw
 from dreamer.model import Attention, CardiacDreamer, ModelConfig
 

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.benchmark import timer as clock
 
-from dreamer import cold
-from dreamer.cold import DTYPES
-from dreamer.costs import (
+from dreamer.study import cold
+from dreamer.study.cold import DTYPES
+from dreamer.study.costs import (
     BATCH,
     CLAIMED,
     COLUMNS,
@@ -42,7 +42,7 @@ from dreamer.costs import (
     modules,
     row,
 )
-from dreamer.fast import Packed, difference, fast, packs
+from dreamer.study.fast import Packed, difference, fast, packs
 from dreamer.model import CardiacDreamer, ModelConfig, WorldModel
 from dreamer.runs import has_bf16, versions, write_whole
 

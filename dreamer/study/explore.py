@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dreamer import attribution, poses
-from dreamer.arrivals import NAMES, WINDOW, unseen_people
+from dreamer.study.arrivals import NAMES, WINDOW, unseen_people
 from dreamer.figures.navigation import panels
-from dreamer.navigation import Follow, NavigationConfig, away, draw_start
+from dreamer.study.closed_loop import Follow, NavigationConfig, away, draw_start
 from dreamer.phantom import TARGETS, Patient, render
 from dreamer.runs import load_run
 

@@ -10,7 +10,7 @@ import pytest
 from scans import TINY, write_scan
 from scipy import stats
 
-from dreamer import ablations
+from dreamer.study import ablation as ablations
 from dreamer.figures import ablations as draw
 from dreamer.model import ModelConfig
 
@@ -128,7 +128,7 @@ def test_trainings_are_done_once_and_priced(tmp_path):
 
 STUDY = """import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from dreamer.ablations import _end_with_parent
+from dreamer.study.ablation import _end_with_parent
 pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent)
 print(pool.submit(os.getpid).result(), flush=True)
 pool.submit(time.sleep, 300).result()

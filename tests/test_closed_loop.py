@@ -13,10 +13,11 @@ from gymnasium.utils.env_checker import check_env
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from dreamer import arrivals, poses
-from dreamer.explore import Explorer, say
+from dreamer import poses
+from dreamer.study import arrivals
+from dreamer.study.explore import Explorer, say
 from dreamer.model import CardiacDreamer, ModelConfig
-from dreamer.navigation import (
+from dreamer.study.closed_loop import (
     Follow,
     NavigationConfig,
     Person,

@@ -22,10 +22,10 @@ from pydantic import ValidationError
 from scipy import stats
 from tqdm.auto import tqdm
 
-from dreamer import evaluation
-from dreamer.benchmark import warm
-from dreamer.cold import apart, build, peak, stepper
-from dreamer.costs import counted
+from dreamer.study import accuracy as evaluation
+from dreamer.study.cost import warm
+from dreamer.study.cold import apart, build, peak, stepper
+from dreamer.study.costs import counted
 from dreamer.data import Transitions
 from dreamer.model import ModelConfig
 from dreamer.runs import TrainingConfig, load_config, load_run, make_split, write_whole

@@ -265,7 +265,7 @@ class ProbeEnv(gymnasium.Env):
         }  # fmt: skip
 
 
-gymnasium.register("dreamer/Probe-v0", "dreamer.navigation:ProbeEnv")
+gymnasium.register("dreamer/Probe-v0", "dreamer.study.closed_loop:ProbeEnv")
 
 
 # Policies: called with frames [B, 1, S, S] (None unless `sees`) and true poses [B, 6], which only

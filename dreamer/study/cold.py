@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import timer as clock
 
-from dreamer.costs import BATCH, inputs
-from dreamer.fast import InParts, fast
+from dreamer.study.costs import BATCH, inputs
+from dreamer.study.fast import InParts, fast
 from dreamer.model import Attention, CardiacDreamer, ModelConfig
 from dreamer.runs import has_bf16
 
@@ -31,7 +31,7 @@ def apart(task: Callable, *arguments: Any) -> Any:
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
-        context.set_forkserver_preload(["dreamer.cold", "torchvision.models"])
+        context.set_forkserver_preload(["dreamer.study.cold", "torchvision.models"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_limited, torch.get_num_threads(), task, arguments).result()
 

@@ -1,0 +1,191 @@
+"""Plots that several notebooks share: one theme, one colour per variant, one way to save a figure.
+
+Everything else is drawn by seaborn and matplotlib calls in the notebooks' cells. Plot functions
+take arrays, tables and an axis, never a model, and return the axis. Colours: Okabe and Ito, which
+colour-blind readers can tell apart (jfly.uni-koeln.de/color).
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from dreamer.files import write_whole
+
+COLOURS = {
+    "patch": "#0072B2",
+    "channel": "#D55E00",
+    "both": "#56B4E9",
+    "none": "#CC79A7",  # no transformer
+    "mean pose": "#666666",
+    "truth": "#009E73",
+    "control": "#666666",
+}
+LABELS = {
+    "patch": "patch tokens",
+    "channel": "channel tokens",
+    "both": "both kinds of tokens",
+    "none": "no transformer",
+    "mean pose": "mean-pose baseline",
+}
+AXIS_LABELS = {
+    "x": "x (lateral, mm)",
+    "y": "y (elevation, mm)",
+    "z": "z (depth, mm)",
+    "roll": "roll (fan, deg)",
+    "pitch": "pitch (rock, deg)",
+    "yaw": "yaw (rotate, deg)",
+    "translation": "translation (mm)",
+    "rotation": "rotation (deg)",
+}
+
+
+def theme() -> None:
+    """Set seaborn's theme for the project; called once, in a notebook's setup cell."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        font_scale=0.85,
+        rc={
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e5e5e5",
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "image.cmap": "gray",
+            "svg.fonttype": "none",
+            "svg.hashsalt": "dreamer",
+            "pdf.fonttype": 42,
+        },
+    )
+
+
+def save(
+    fig: Figure, output: str | Path, name: str, caption: str, alt: str, n: str | None = None
+) -> Path:
+    """Write a figure as `name`.png, .svg, .pdf, and .json (caption, alt text, sample size).
+
+    Args:
+        fig: the figure; it stays open, so that the notebook shows it.
+        output: folder, made if necessary.
+        name: begins with the two digits of its notebook, for example `04_accuracy`.
+        caption: one or two sentences; states the interval type.
+        alt: the figure in words, for readers who cannot see it.
+        n: sample size in words, for example "1464 frames of 24 patients".
+
+    Returns the path of the PNG. Raises ValueError without number, caption or alt text.
+    """
+    if not name[:2].isdigit() or not caption or not alt:
+        raise ValueError(f"figure {name}: needs its notebook's number, a caption and an alt text")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    for kind, dpi in (("png", 120), ("svg", 80), ("pdf", 80)):
+        content = io.BytesIO()
+        fig.savefig(content, format=kind, dpi=dpi, bbox_inches="tight", metadata=undated.get(kind))
+        write_whole(folder / f"{name}.{kind}", content.getvalue())
+    notes = {"caption": caption, "alt": alt, "n": n, "notebook": name[:2]}
+    write_whole(folder / f"{name}.json", json.dumps(notes, indent=1).encode())
+    return folder / f"{name}.png"
+
+
+def forest(
+    table: pd.DataFrame,
+    value: str,
+    y: str,
+    hue: str | None = None,
+    ax: Axes | None = None,
+    zero: float | None = 0.0,
+    **style,
+) -> Axes:
+    """Draw one point with its interval (columns `low`, `high`) per row, categories `y` downwards.
+
+    Rows that share a category are dodged by `hue`, whose values take their colour from COLOURS.
+    An interval of NaN is left out. `zero` draws a reference line.
+    """
+    ax = ax or plt.gca()
+    names = list(dict.fromkeys(table[y]))
+    kinds = list(dict.fromkeys(table[hue])) if hue else [None]
+    for k, kind in enumerate(kinds):
+        part = table[table[hue] == kind] if hue else table
+        at = np.array([names.index(name) for name in part[y]], float)
+        at += 0.22 * (k - (len(kinds) - 1) / 2)
+        arms = np.array([part[value] - part["low"], part["high"] - part[value]], float)
+        looks = {"color": COLOURS.get(kind, COLOURS["control"]), "label": LABELS.get(kind, kind)}
+        arms = np.nan_to_num(arms).clip(0)
+        ax.errorbar(part[value], at, xerr=arms, fmt="o", ms=5, **{**looks, **style})
+    ax.set_yticks(range(len(names)), [AXIS_LABELS.get(name, name) for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    if zero is not None:
+        ax.axvline(zero, color="#444444", lw=0.8)
+    if hue:
+        ax.legend()
+    return ax
+
+
+def show_frame(ax: Axes, image: ArrayLike, title: str = "") -> Axes:
+    """Show one ultrasound frame [S, S] of grey levels 0 to 255, without ticks."""
+    ax.imshow(image, vmin=0, vmax=255, cmap="gray", interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize="small", loc="center")
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def show_frames(images: ArrayLike, titles: Sequence[str], columns: int = 6, size: float = 1.5):
+    """Return a figure of frames [N, S, S] in a grid of `columns`, with a short title each."""
+    rows = -(-len(images) // columns)
+    shape = (size * columns, (size + 0.25) * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, title in zip(axes.flat, images, titles, strict=False):
+        show_frame(ax, image, title)
+    return fig
+
+
+def overlay(
+    ax: Axes,
+    image: ArrayLike,
+    grid: ArrayLike,
+    limit: float | None = None,
+    title: str = "",
+    centre: float = 0.0,
+    cmap: str = "vlag",
+) -> Axes:
+    """Show a map [h, w] over its frame [S, S]: colour by value, opacity by distance from `centre`.
+
+    The colour range is symmetric, `centre` ± `limit` (the map's largest deviation by default), so
+    that cells near `centre` leave the anatomy visible.
+    """
+    show_frame(ax, image, title)
+    values = np.asarray(grid, dtype=float) - centre
+    limit = float(np.abs(values).max() if limit is None else limit) or 1.0
+    colours = plt.get_cmap(cmap)(np.clip(0.5 + values / (2 * limit), 0, 1))
+    colours[..., 3] = np.clip(np.abs(values) / limit, 0, 1) * 0.7
+    height, width = np.shape(image)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    ax.imshow(colours, extent=extent, interpolation="nearest")
+    return ax
+
+
+def outline(ax: Axes, labels: NDArray, structures: Mapping[int, str] | Sequence[int]) -> Axes:
+    """Draw the border of structures (numbers in a label map [S, S]) in the colour of the truth."""
+    for number in structures:
+        inside = labels == number
+        if inside.any() and not inside.all():
+            ax.contour(inside, levels=[0.5], colors=COLOURS["truth"], linewidths=1.1)
+    return ax

@@ -1,0 +1,1 @@
+"""The study: statistics, measurements and controls. Imports the core, never the reverse."""
