@@ -1,9 +1,9 @@
-"""Probe poses: six numbers a sonographer can read, and the rigid motions they stand for.
+"""Probe poses in six degrees of freedom and the rigid motions between them.
 
-A pose is [x, y, z, roll, pitch, yaw], millimetres and degrees: the probe seen from the target
-plane, which is zero. The rotation is R = Rz(yaw) Ry(pitch) Rx(roll), intrinsic ZYX; RoMa does the
-rotations (Bregier, "Deep Regression on Manifolds", 3DV 2021). The motion from pose 1 to pose 2 in
-the probe's own frame is A = P1^-1 P2, so P1 = P2 A^-1, and what is still to be made is P^-1.
+A pose is [x, y, z, roll, pitch, yaw] in mm and degrees, the probe relative to the target plane
+(target = zero), with R = Rz(yaw) Ry(pitch) Rx(roll), intrinsic ZYX. Rotations are computed by RoMa
+(Bregier, "Deep Regression on Manifolds", 3DV 2021). The motion from pose 1 to pose 2 in the probe's
+frame is A = P1^-1 P2, so P1 = P2 A^-1, and the motion that remains to the target is P^-1.
 """
 
 from typing import NamedTuple
@@ -49,8 +49,8 @@ def to_matrix(pose: Tensor) -> Tensor:
 def from_matrix(matrix: Tensor) -> Tensor:
     """Poses [..., 6] in mm and degrees of rigid transforms [..., 4, 4].
 
-    Pitch lies in [-90, 90]. At +-90 roll and yaw turn about the same line, so that only their
-    combination is defined: the rotation is still exact, its split between the two is a convention.
+    Pitch lies in [-90, 90]. At ±90 (gimbal lock) only the combination of roll and yaw is defined:
+    the rotation is still exact, its division between the two is a convention.
     """
     if matrix.shape[-2:] != (4, 4):
         raise ValueError(f"a rigid transform is [..., 4, 4]; got {list(matrix.shape)}")
@@ -67,18 +67,18 @@ def _inverse_matrix(matrix: Tensor) -> Tensor:
 
 
 def _matrices(*given: Tensor) -> Tensor:
-    # At once: for a batch of a training the many small steps take longer than their numbers.
+    # All in one call: for small batches the overhead of many small operations dominates.
     return to_matrix(torch.stack(torch.broadcast_tensors(*map(_checked, given))))
 
 
 def compose(first: Tensor, then: Tensor) -> Tensor:
-    """The pose [..., 6] reached from pose `first` by the motion `then` in the probe's own frame."""
+    """The pose [..., 6] reached from pose `first` by the motion `then` in the probe's frame."""
     start, motion = _matrices(first, then)
     return from_matrix(start @ motion)
 
 
 def before(reached: Tensor, motion: Tensor) -> Tensor:
-    """The pose [..., 6] from which `motion`, in the probe's own frame, led to `reached`."""
+    """The pose [..., 6] from which `motion`, in the probe's frame, leads to `reached`."""
     end, made = _matrices(reached, motion)
     return from_matrix(end @ _inverse_matrix(made))
 
@@ -95,20 +95,20 @@ def relative(start: Tensor, end: Tensor) -> Tensor:
 
 
 def remaining(pose: Tensor) -> Tensor:
-    """The motion [..., 6] still to make from `pose` to the target plane, told to the operator."""
+    """The motion [..., 6] that remains from `pose` to the target plane: the guidance."""
     return inverse(pose)
 
 
 def wrap(degrees: Tensor) -> Tensor:
-    """Angles brought into [-180, 180) degrees."""
+    """Angles wrapped into [-180, 180) degrees."""
     return torch.remainder(degrees + 180, 360) - 180
 
 
 def errors(predicted: Tensor, true: Tensor) -> PoseError:
-    """Errors between poses [..., 6]: per axis, as a distance and as a rotation angle.
+    """`PoseError` between poses [..., 6]: per axis, translation and rotation.
 
-    Euler differences take the short way round; the rotation error is the geodesic angle between
-    the two orientations, which no choice of axes changes. Computed in float64.
+    Euler angles are subtracted the short way round; the rotation error is the geodesic angle
+    between the two orientations and does not depend on the choice of axes. Computed in float64.
     """
     predicted, true = _checked(predicted).double(), _checked(true).double()
     difference = predicted - true
