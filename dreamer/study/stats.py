@@ -18,8 +18,8 @@ Components", 1992, chapter 4). V is never taken smaller than the part of either 
 This is Satterthwaite's formula (Biometrics Bulletin 1946) with shares in place of their squares.
 Both are exact where one factor dominates. Between the two, shares estimated from three seeds make
 the squared form cover 92% where it promises 95%; this one covers 94 to 97%, and up to 99% where
-the interaction of seed and patient dominates (`coverage`, tests). With two seeds it can fall to
-91%: use three or more.
+the interaction of seed and patient dominates (simulated in tests/test_stats.py, which prints the
+whole table when run as a program). With two seeds it can fall to 91%: use three or more.
 
 **Comparison.** Where two sides share seeds and patients, their difference is one matrix, with the
 interval above. Where the seeds do not correspond, each side adds its own variance of seeds, and
@@ -136,11 +136,11 @@ def ratio(
     """Ratio of two means over the same seeds and patients, for example to a baseline's error.
 
     Delta method on the logarithm: the interval is that of numerator / its mean - denominator / its
-    mean. Raises ValueError where a mean is not positive.
+    mean. NaN where a mean is not positive, for example the error of an axis that never moves.
     """
     above, below = _sides(numerator, denominator, over, paired=True)
     if min(above.mean(), below.mean()) <= 0:
-        raise ValueError("a ratio needs positive means")
+        return Interval(np.nan, np.nan, np.nan, np.nan, *_counts(above, over))
     estimate = float(above.mean() / below.mean())
     relative = interval(above / above.mean() - below / below.mean(), level, over)
     low, high = estimate * np.exp([relative.low, relative.high])
@@ -312,12 +312,14 @@ def _counts(values: NDArray, over: Over) -> tuple[int, int]:
 def _sides(first: ArrayLike, second: ArrayLike, over: Over, paired: bool) -> list[NDArray]:
     """Both sides as [seeds, patients], in the order of the first's labels; controls repeated."""
     if isinstance(first, pd.DataFrame) and isinstance(second, pd.DataFrame):
-        second = _ordered(second.T, first.columns, "patients").T
-        second = _ordered(second, first.index, "seeds") if paired else second
-    elif isinstance(first, pd.Series) and isinstance(second, pd.DataFrame):
-        first = _ordered(first, second.columns, "patients")
+        second = _ordered(second.T, first.columns).T
+        second = _ordered(second, first.index) if paired else second
     elif isinstance(first, pd.DataFrame) and isinstance(second, pd.Series):
-        second = _ordered(second, first.columns, "patients")
+        second = _ordered(second, first.columns)
+    elif isinstance(first, pd.Series) and isinstance(second, pd.DataFrame):
+        first = _ordered(first, second.columns)
+    elif isinstance(first, pd.Series) and isinstance(second, pd.Series):
+        second = _ordered(second, first.index) if paired or over == "both" else second
     sides = [np.asarray(side, dtype=float) for side in (first, second)]
     whole = max(sides, key=np.ndim)
     shape = _cells(whole, over).shape
@@ -332,10 +334,11 @@ def _sides(first: ArrayLike, second: ArrayLike, over: Over, paired: bool) -> lis
     return sides
 
 
-def _ordered(side, labels: pd.Index, kind: str):
+def _ordered(side: pd.DataFrame | pd.Series, labels: pd.Index) -> pd.DataFrame | pd.Series:
     """`side` in the order of `labels`; ValueError where it has others."""
     if set(side.index) != set(labels):
-        raise ValueError(f"the sides differ in {kind}: {sorted(set(side.index) ^ set(labels))}")
+        differ = sorted(set(side.index) ^ set(labels))
+        raise ValueError(f"seeds or patients of one side alone: {differ}")
     return side.loc[labels]
 
 
