@@ -120,7 +120,7 @@ def test_predictions_stand_beside_their_frames(data, model):
     assert row["patient"] == data.patient[at[0]]
 
 
-def test_blocks_of_one_scan_take_the_place_of_patients(tmp_path, monkeypatch):
+def test_blocks_of_one_scan_take_the_place_of_patients(tmp_path, monkeypatch, model):
     monkeypatch.setenv("DREAMER_CACHE", str(tmp_path / "cache"))
     write_scan(tmp_path / "one", "only", count=120)
     data = Transitions(tmp_path / "one")
@@ -128,6 +128,8 @@ def test_blocks_of_one_scan_take_the_place_of_patients(tmp_path, monkeypatch):
     found = predict_mean_pose(data, split.test, split)
     # Two test blocks of ten records less the gaps on both sides: six transitions, seven frames.
     assert found.groupby("patient").size().to_dict() == {"only block 1": 7, "only block 2": 7}
+    imagined = imagination(model, data, split.test, split).query("condition == 'imagined'")
+    assert imagined.groupby("patient").size().to_dict() == {"only block 1": 6, "only block 2": 6}
 
 
 def test_action_alone_predicts_the_pose_only_where_it_leaks(data):
@@ -143,7 +145,8 @@ def test_action_alone_predicts_the_pose_only_where_it_leaks(data):
 
 def test_imagination_and_its_controls(data, model):
     test = np.arange(30)
-    found = imagination(model, data, test).set_index("condition")
+    split = split_by_patient(data, 1, 2)
+    found = imagination(model, data, test, split).set_index("condition")
     conditions = {"imagined", "wrong action", "ignore the motion", "exact geometry"}
     assert set(found.index) == conditions and len(found) == 4 * 30
     batch = data.batch(test)

@@ -115,7 +115,11 @@ def by_seed(
 
 
 def imagination(
-    model: CardiacDreamer, data: Transitions, indices: NDArray[np.int64], seed: int = 0
+    model: CardiacDreamer,
+    data: Transitions,
+    indices: NDArray[np.int64],
+    split: Split,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Errors of the predicted frame 2, given frame 1 and a motion, one row per transition.
 
@@ -127,6 +131,7 @@ def imagination(
     """
     tables = []
     device = model.pose_mean.device
+    patient = pd.Series(_patients(data, indices, indices, split), indices)
     shuffled = np.random.default_rng(seed).permutation(indices)
     for chosen, others in zip(_chunks(indices), _chunks(shuffled), strict=True):
         batch = data.batch(chosen)
@@ -144,8 +149,8 @@ def imagination(
         variance = there.var(dim=(0, 2, 3)).mean()
         for name, pose in predicted.items():
             error = poses.errors(pose, batch.pose2)
-            table = pd.DataFrame({"patient": data.patient[chosen], "motion": data.motion[chosen]})
-            table["condition"] = name
+            table = pd.DataFrame({"patient": patient[chosen].to_numpy()})
+            table["motion"], table["condition"] = data.motion[chosen], name
             table["translation"], table["rotation"] = error.translation, error.rotation
             if name in maps:
                 square = (maps[name] - there).square().mean((1, 2, 3)) / variance
@@ -192,14 +197,24 @@ def predict_mean_start(data: Transitions, split: Split, motion: str | None = Non
 
 def _frames(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
     rows, pose, origin = data.singles(indices)
-    patient = data.patient[origin]
-    if split.kind == "blocks":  # one patient: stretches of time depend least on one another
-        starts = indices[np.diff(indices, prepend=indices[0] - 2) > 1]
-        block = np.searchsorted(starts, origin, side="right")
-        patient = np.array([f"{p} block {b}" for p, b in zip(patient, block, strict=True)])
-    table = pd.DataFrame({"patient": patient, "row": rows})
+    table = pd.DataFrame({"patient": _patients(data, origin, indices, split), "row": rows})
     table[TRUE] = pose.numpy()
     return table
+
+
+def _patients(
+    data: Transitions, chosen: NDArray[np.int64], indices: NDArray[np.int64], split: Split
+) -> NDArray[np.str_]:
+    """Patients of the `chosen` of the transitions `indices`, or the blocks of time of one patient.
+
+    Blocks are separated by gaps in `indices`.
+    """
+    patient = data.patient[chosen]
+    if split.kind != "blocks":
+        return patient
+    starts = indices[np.diff(indices, prepend=indices[0] - 2) > 1]
+    block = np.searchsorted(starts, chosen, side="right")
+    return np.array([f"{p} block {b}" for p, b in zip(patient, block, strict=True)])
 
 
 def _starts(data: Transitions, test: NDArray[np.int64], predicted: Tensor) -> pd.DataFrame:

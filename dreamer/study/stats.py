@@ -174,6 +174,7 @@ def compare(
         raise ValueError(f"claim: {claim!r}; use less, more, not worse or equal")
     if margin is None and claim in ("not worse", "equal"):
         raise ValueError(f"the claim {claim!r} needs a margin")
+    margin = None if margin is None else float(margin)
     first, second = _sides(first, second, over, paired)
     sides = [second - first] if paired else [first, second]
     spread = _spread(sides, over)
