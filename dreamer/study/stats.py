@@ -82,7 +82,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference, second minus first, and what it shows; fields as the module describes them.
+    """A difference, second minus first, and its verdict; fields as the module describes them.
 
     `p` tests the claim; `p_other` tests the other possible finding: equivalence for "less" and
     "more", a difference beyond the margin for "not worse" and "equal".
@@ -156,14 +156,14 @@ def compare(
     level: float = 0.95,
     over: Over = "both",
 ) -> Comparison:
-    """Difference second - first of two results [seeds, patients], and what it shows.
+    """Difference second - first of two results [seeds, patients], and the verdict on a claim.
 
     Args:
         first, second: arrays or tables of `matrix`. A control without seeds has one value per
             patient, or is a single number.
         margin: the largest difference, in the unit of the values, that is too small to matter.
-        claim: what is said of the second: it is "less" or "more" than the first, "not worse" (not
-            more than the first by the margin; where more is better, exchange the sides), "equal".
+        claim: about the second: "less" or "more" than the first, "not worse" (not more than the
+            first by the margin; where more is better, exchange the sides), "equal".
         paired: row i of both sides is the same seed. Patients are always the same.
         level: of the interval; tests are at 5%.
         over: "seeds" for measures of whole runs, which have no patients.
@@ -367,7 +367,7 @@ def _power(tests: Tests, error: float, df: float, alpha: float = ALPHA) -> float
     fails = 0.0 if tests else 1.0
     for shift, tails in tests:
         limit = stats.t.isf(alpha / tails, df)
-        fails += stats.nct.cdf(limit, df, np.clip(shift / error, -30, 30))
+        fails += stats.nct.cdf(limit, df, np.clip(shift / error, 0, 30))  # NaN for some below 0
     return float(max(1 - fails, 0))
 
 
