@@ -192,7 +192,8 @@ def make_optimizer(model: CardiacDreamer, config: TrainingConfig) -> torch.optim
     inner = [p for p in trained if p in matrices]
     outer = [p for p in trained if p not in matrices]
     return Muon(
-        [{"params": inner}, {"params": outer, "use_fallback": True}],
+        # Without Nesterov momentum the fallback is AdamW, with it NAdamW.
+        [{"params": inner}, {"params": outer, "use_fallback": True, "nesterov": False}],
         config.learning_rate,
         weight_decay=config.weight_decay,
         momentum=0.95,
