@@ -51,11 +51,10 @@ class TrainingConfig(BaseModel):
     optimizer: Literal["adamw", "muon"] = "adamw"
     composed: float = Field(1.0, ge=0)
     imagined: float = Field(1.0, ge=0)
-    # A larger weight makes the backbone learn maps that are easy to predict.
-    feature: float = Field(0.01, ge=0)
+    feature: float = Field(1.0, ge=0)
     reconstruction: float = Field(0.01, ge=0)
     beta: float = Field(1.0, gt=0)
-    identity: float = Field(0.5, ge=0, le=1)
+    identity: float = Field(0.3, ge=0, le=1)
     reverse: float = Field(0.0, ge=0, le=1)
     patience: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "fp32"

@@ -6,7 +6,8 @@ Loss of the published system, in units of the spread of the poses:
 
 where the composed pose 1 is the imagined pose 2 moved back by the action. Two terms train the
 imagined map itself: the squared error of `next_features` against the (fixed) map of frame 2, and of
-`reconstruction` against that of frame 1, each relative to the variance of its target.
+`reconstruction` against that of frame 1, each relative to the variance of its target. Their
+gradient does not reach the backbone, which would learn maps that are easy to predict.
 """
 
 import io
@@ -218,10 +219,14 @@ class LitDreamer(pl.LightningModule):
     def terms(self, batch: Batch) -> tuple[Dream, dict[str, Tensor]]:
         """The prediction for a batch and its loss terms."""
         dream = self.model(batch.image1, batch.action)
-        target = None
-        if self.model.world is not None and self.config.feature + self.config.reconstruction > 0:
+        world, target, maps = self.model.world, None, dream
+        if world is not None and self.config.feature + self.config.reconstruction > 0:
             target = self._target(dream, batch)
-        return dream, losses(dream, batch, target, self.model.pose_std, self.config)
+            if self.training:  # the same maps, imagined from features without gradient
+                action = batch.action / self.model.action_std
+                reconstruction, next_features, _ = world(dream.features.detach(), action)
+                maps = dream._replace(reconstruction=reconstruction, next_features=next_features)
+        return dream, losses(maps, batch, target, self.model.pose_std, self.config)
 
     @torch.no_grad()
     def _target(self, dream: Dream, batch: Batch) -> Tensor:

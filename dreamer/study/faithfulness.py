@@ -125,7 +125,11 @@ def _play(seen: View, target: str, mask: Tensor) -> Tensor:
 
 
 def curves(
-    seen: View, grid: Tensor, target: str, points: int = 0, ends: tuple[Tensor, Tensor] | None = None
+    seen: View,
+    grid: Tensor,
+    target: str,
+    points: int = 0,
+    ends: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Shares [K] of cells, deletion and insertion [N, K] for a map [N, h, w].
 
