@@ -43,7 +43,7 @@ from dreamer import poses
 from dreamer.data import Batch, Split, Transitions, statistics
 from dreamer.files import write_whole
 from dreamer.model import CardiacDreamer, Dream, ModelConfig
-from dreamer.runs import TrainingConfig, configure, has_bf16, make_split, versions
+from dreamer.runs import TrainingConfig, configure, has_bf16, make_split, start_from, versions
 
 log = logging.getLogger(__name__)
 
@@ -516,6 +516,9 @@ def fit(
     warnings.filterwarnings("ignore", message=".*(LeafSpec|srun|num_workers|exists and is not).*")
     pl.seed_everything(training.seed, verbose=False)
     net = CardiacDreamer(model, statistics(data, split.train))
+    if training.init:
+        left_out = start_from(net, training.init)
+        log.warning("starts from %s, without %s", training.init, ", ".join(left_out) or "nothing")
     if model.backbone == "resnet34" or model.width % 8 == 0:
         # A fifth faster. With 4 channels in this layout oneDNN's backward pass of a strided 1x1
         # convolution corrupts the heap on AVX2 machines.

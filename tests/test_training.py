@@ -15,7 +15,7 @@ from scans import write_scan
 
 import dreamer
 from dreamer import poses
-from dreamer.data import Batch, Transitions, split_by_patient
+from dreamer.data import Batch, Statistics, Transitions, split_by_patient
 from dreamer.model import CardiacDreamer, Dream
 from dreamer.runs import (
     TrainingConfig,
@@ -24,6 +24,7 @@ from dreamer.runs import (
     load_config,
     load_run,
     make_split,
+    start_from,
 )
 from dreamer.training import (
     LitDreamer,
@@ -318,6 +319,21 @@ def test_the_primary_task_alone(folder, tmp_path):
     table = run(folder, tmp_path / "run", **alone)
     assert "train_feature" not in table and np.isfinite(table["train_composed"]).all()
     np.testing.assert_allclose(table["train_loss"], table["train_composed"])
+
+
+def test_a_run_starts_from_another_with_all_that_fits(folder, tmp_path, caplog):
+    run(folder, tmp_path / "patch", epochs=1)
+    model = configure("channel", MODEL, {})[0]
+    net = CardiacDreamer(model)
+    left_out = start_from(net, tmp_path / "patch")
+    assert all("world.tokens" in name for name in left_out) and left_out
+    given, own = load_run(tmp_path / "patch").state_dict(), net.state_dict()
+    for name in set(own) - set(left_out) - set(Statistics._fields):
+        assert torch.equal(own[name], given[name]), name
+    run(folder, tmp_path / "tuned", "channel", epochs=1, init=str(tmp_path / "patch"))
+    assert "starts from" in caplog.text and "world.tokens.embedding.weight" in caplog.text
+    with pytest.raises(FileNotFoundError, match="give the folder of a run"):
+        run(folder, tmp_path / "other", init=str(tmp_path / "nowhere"))
 
 
 def test_frozen_stages_stay(folder, tmp_path):
