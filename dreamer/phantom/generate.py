@@ -22,8 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dreamer.phantom import trajectories
-from dreamer.phantom.anatomy import STRUCTURES, Patient
-from dreamer.phantom.render import check, render, sector
+from dreamer.phantom.anatomy import STRUCTURES
+from dreamer.phantom.patient import Patient
+from dreamer.phantom.render import check, render
+from dreamer.phantom.sector import sector
 
 FORMAT = 1
 SCRAP = (".partial", ".tmp")  # endings of what an interrupted run leaves
