@@ -86,7 +86,8 @@ class Scene(NamedTuple):
 
     `label` uint8 (1 + index in STRUCTURES); signed distances in mm, below zero inside: `blood`
     (any lumen), `heart` (outer surface), `border` (lung or liver); `depth` 0 at the endocardium to
-    1 at the epicardium; `texture` slow variation about zero; `material` coordinates, mm.
+    1 at the epicardium; `texture` slow variation about zero; `skeleton` 1, more in the fibrous rings
+    of the valves; `material` coordinates, mm.
     """
 
     label: Tensor
@@ -95,6 +96,7 @@ class Scene(NamedTuple):
     border: Tensor
     depth: Tensor
     texture: Tensor
+    skeleton: Tensor
     material: tuple[Tensor, Tensor, Tensor]
 
 
@@ -265,7 +267,7 @@ class Heart:
         self.inlet_shift = float(self.inlet @ hinge)
         middle = np.array([crux - 1 - ring, 2.0, 0.0])
         middle[2] = (self.inlet_shift - self.inlet[:2] @ middle[:2]) / self.inlet[2]
-        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length - 1)
+        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 7)
         trunk = unit(self.at(0.88, 0.16, 0.42))
         self.valves = {
             "mitral_valve": Valve(
@@ -310,13 +312,11 @@ class Heart:
             "liver": ellipsoid((-52 + 3 * shift[3], 118, 42), (88, 88, 88)),
         }  # fmt: skip
         wall, back = self.epicardium, self.at(self.epicardium + 14, -6 + 2 * shift[3], length + 14)
-        down = unit(self.at(0.05, 0.72, 0.69))
+        down = unit(self.at(0.05, 0.58, 0.81))
         self.tubes = {
             "outlet": Tube(aorta.centre - aorta.axis * 11, aorta.centre, self.annulus + 0.5),
-            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 20), trunk.centre, 12.0),
+            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 12), trunk.centre, 12.0),
             "trunk": Tube(trunk.centre, trunk.centre + trunk.axis * 42, 11.5),
-            "vein": Tube(np.array([crux + 26, 18, length + size.la_length - 14]),
-                         np.array([crux + 48, 34, length + size.la_length + 8]), 5.0),
             "descending": Tube(back - down * 90, back + down * 90, 11.0),
             "band": Tube(np.array([-wall, -2, 0.42 * length]),
                          np.array([-wall - 26, -14, 0.55 * length]), 2.2),
@@ -400,10 +400,10 @@ class Heart:
         root_across, root_along, root_height = forms["aortic_valve"].unbind(1)
         outlet = torch.maximum(tube["outlet"], root_height - 1)
         # Muscle runs on from the septum to the aortic annulus.
-        epi = smooth_min(cavity - thick, outlet - 0.75 * thick, 6.0)
+        epi = smooth_min(cavity - thick, outlet - 0.75 * thick, 12.0)
         wall = torch.maximum(epi, torch.minimum(beyond - 2.5, outlet - 0.75 * thick))
         lv = torch.maximum(
-            smooth_min(cavity, outlet, 6.0), torch.minimum(beyond - 2.7, outlet)
+            smooth_min(cavity, outlet, 12.0), torch.minimum(beyond - 2.7, outlet)
         )
         root = self._root(root_across, root_along, root_height)
         body = smooth_min(blob["rv"] + squeeze * 2.5, blob["inflow"] + squeeze * 1.5, 8.0)
@@ -412,7 +412,7 @@ class Heart:
         trunk = torch.maximum(tube["trunk"], -trunk_height)
         # Both atria share a thin septum that starts at the crux.
         between = x - self.crux - beyond * 0.06 - 1.0
-        la_whole = torch.minimum(blob["la"] - squeeze * 1.5, tube["vein"])
+        la_whole = blob["la"] - squeeze * 1.5
         la = torch.maximum(torch.maximum(la_whole, -beyond), 1.1 - between)
         ra_whole = blob["ra"] - squeeze
         ra = torch.maximum(torch.maximum(ra_whole, -inlet), between + 1.1)
@@ -478,7 +478,8 @@ class Heart:
         border = torch.maximum(border, 2.0 - vessel)
         hull = hull if "pericardium" not in without else hull.abs() + FAR
         depth = (cavity / thick).clamp_(0, 1)
-        fields = (label, blood, hull, border, depth, texture)
+        skeleton = ((beyond + 3) * (1 / 6)).square_().clamp_(max=40).neg_().exp_().add_(1)
+        fields = (label, blood, hull, border, depth, texture, skeleton)
         unflat = (field.unflatten(1, shape) for field in fields)
         return Scene(*unflat, tuple(axis.unflatten(1, shape) for axis in material))
 

@@ -96,9 +96,9 @@ class Patient:
             rv_basal=normal(33, 4),
             rv_length=normal(71, 5),
             tricuspid_offset=normal(7, 1.2),
-            la_length=normal(46, 4),
+            la_length=normal(43, 3.5),
             la_width=normal(40, 3),
-            ra_length=normal(45, 4),
+            ra_length=normal(43, 3.5),
             ra_width=normal(40, 3),
             aortic_sinus=normal(34, 2.5) if male else normal(30, 2.5),
             skin_to_heart=normal(17, 1.8),
@@ -135,7 +135,7 @@ class Patient:
         heart, skin = self.heart, self.size.skin_to_heart
         axis = np.array([0.0, 0.0, 1.0])
         deep, side = heart.deep, heart.side  # of the parasternal window
-        far, front = skin + 9.0, skin + 6.0 + heart.front
+        far, front = skin + 8.0, skin + 6.0 + heart.front
         # Four-chamber: behind the aortic root, through the apex and the crux.
         apical = unit(np.array([-0.02, 0.075, 1.0]))
         lateral = unit(np.array([1.0, 0.0, 0.02]))
@@ -144,7 +144,7 @@ class Patient:
         root_deep = unit(deep * 0.95 + axis * 0.30)
         root_side = unit(side + axis * 0.16)
         root_side = unit(root_side - root_deep * (root_side @ root_deep))
-        valve = heart.valves["aortic_valve"].centre + heart.valves["aortic_valve"].axis * 3.0
+        valve = heart.valves["aortic_valve"].centre + heart.valves["aortic_valve"].axis * 5.0
         mitral = axis * (self.size.lv_length - self.size.descent - 6)
         beam, right, point, depth = {
             "a4c": (apical, lateral, np.array([-3.0, 0.5, 0.0]), far),

@@ -31,32 +31,33 @@ class Tissue(NamedTuple):
 
 
 TISSUE = {
-    "left_ventricle": Tissue(-66, -0.25),
-    "right_ventricle": Tissue(-64, -0.25),
-    "left_atrium": Tissue(-65, -0.25),
-    "right_atrium": Tissue(-65, -0.25),
-    "aorta": Tissue(-65, -0.25),
-    "myocardium": Tissue(-38, 0.35),
-    "septum": Tissue(-38, 0.35),
-    "papillary_muscles": Tissue(-35, 0.35),
-    "mitral_valve": Tissue(-28, 0.6),
-    "tricuspid_valve": Tissue(-28, 0.6),
-    "aortic_valve": Tissue(-29, 0.6),
-    "heart_wall": Tissue(-35, 0.4),
-    "pericardium": Tissue(-33, 0.8),
-    "mediastinum": Tissue(-42, 0.5),
-    "lung": Tissue(-37, 3.2),
-    "liver": Tissue(-41, 0.5),
-    "chest_wall": Tissue(-41, 0.5),
+    "left_ventricle": Tissue(-66, -0.45),
+    "right_ventricle": Tissue(-64, -0.45),
+    "left_atrium": Tissue(-65, -0.45),
+    "right_atrium": Tissue(-65, -0.45),
+    "aorta": Tissue(-65, -0.45),
+    "myocardium": Tissue(-26, 0.35),
+    "septum": Tissue(-26, 0.35),
+    "papillary_muscles": Tissue(-33, 0.35),
+    "mitral_valve": Tissue(-28, 0.5),
+    "tricuspid_valve": Tissue(-29, 0.5),
+    "aortic_valve": Tissue(-28, 0.5),
+    "heart_wall": Tissue(-35, 0.3),
+    "pericardium": Tissue(-34, 0.5),
+    "mediastinum": Tissue(-42, 0.1),
+    "lung": Tissue(-40, 0.8),
+    "liver": Tissue(-41, 0.4),
+    "chest_wall": Tissue(-48, 0.5),
     "ribs": Tissue(-28, 28.0),
-    "interatrial_septum": Tissue(-31, 0.5),
+    "interatrial_septum": Tissue(-32, 0.5),
     "pulmonary_valve": Tissue(-29, 0.6),
-    "pulmonary_artery": Tissue(-65, -0.25),
+    "pulmonary_artery": Tissue(-65, -0.45),
     "descending_aorta": Tissue(-62, -0.1),
     "chordae": Tissue(-36, 0.4),
 }
-ENDOCARDIUM, PERICARDIUM, PLEURA, BONE = 0.060, 0.30, 0.28, 0.10  # reflectivity at right angles
-FASCIA = {0.16: 0.05, 0.42: 0.02, 0.62: 0.035, 0.93: 0.02}  # share of the chest wall: reflectivity
+ENDOCARDIUM, EPICARDIUM, PERICARDIUM, PLEURA, BONE = 0.20, 0.25, 1.10, 0.40, 0.10  # reflectivity at right angles
+ANISOTROPY = -16.0  # dB, fibres along the beam against fibres across it
+FASCIA = {0.20: 0.02, 0.45: 0.012, 0.65: 0.03, 0.93: 0.012}  # share of the chest wall: reflectivity
 SIDE_LOBES = -37.0  # dB, energy of the neighbouring 14 degrees
 HAZE = -56.0  # dB, reverberation clutter
 NOISE = -70.0  # dB, electronic, before the time-gain curve
@@ -158,7 +159,8 @@ def _frames(
     grey = power.add_(1e-9).log10_().mul_(10)  # dB
     grey.add_(_time_gain(patient, grid))
     grey = grey.add_(patient.gain + patient.dynamic_range).mul_(1 / patient.dynamic_range)
-    image = grid.convert(grey.clamp_(0, 1).pow_(MAPPING).mul_(255))
+    grey = grid.compound(grey.clamp_(-0.2, 1.3)).clamp_(0, 1)
+    image = grid.convert(grey.pow_(MAPPING).mul_(255))
     label = grid.truth(scene.label)
     visible = grid.truth((weight > 10 ** (-SHADOWED / 20)).to(torch.uint8)).bool()
     return Frames(image, label, grid.occupancy(label, len(STRUCTURES)), visible)
@@ -238,7 +240,7 @@ def _strength(
     strength = echo.index_select(0, label.flatten().to(torch.int32)).view(label.shape)
     # Tissue is patchy: a coarse field, fixed to it too, moves its strength up and down.
     patch = grid.white(grid.cells(scene.material, patient.hash + 7, 3.2))
-    patch = patch.mul_(0.5).add_(scene.texture, alpha=0.6).exp_()
+    patch = patch.mul_(0.5).add_(scene.texture, alpha=0.9).exp_()
     # Muscle shines where its fibres lie across the beam.
     x, y, _ = scene.material
     turn = to_heart[:, :3, [0, 2]].float().to(grid.device)
@@ -247,17 +249,22 @@ def _strength(
     around = (beam[:, 1] * x - beam[:, 0] * y).div_(radius)
     helix = (scene.depth * -2).add_(1).mul_(math.radians(60))
     along = around.mul_(torch.cos(helix)).add_(torch.sin(helix).mul_(beam[:, 2]))
-    fibre = along.square_().mul_(-1.2).add_(1.5)
+    fibre = along.square_().mul_(ANISOTROPY * math.log(10) / 20).exp_()
+    fibre.mul_(scene.skeleton)
     muscle = (label == LABEL["myocardium"]) | (label == LABEL["septum"])
-    strength.mul_(fibre.masked_fill_(~muscle, 1.0)).mul_(patch)
+    strength.mul_(torch.where(muscle, fibre, scene.skeleton)).mul_(patch)
 
     mirror = _bell(scene.blood - 0.5, 1.1).mul_(_incidence(scene.blood, grid.dr).square_())
     mirror.mul_(ENDOCARDIUM)
-    outer = _incidence(scene.heart, grid.dr).pow_(3).mul_(_bell(scene.heart - 0.9, 1.3))
-    mirror.add_(outer, alpha=PERICARDIUM * 0.35)
+    # Pericardium shines against air, less against fat and chest wall.
+    air = _bell(scene.border, 10.0).mul_(PERICARDIUM - EPICARDIUM).add_(EPICARDIUM)
+    outer = _incidence(scene.heart, grid.dr).square_().square_()
+    mirror.addcmul_(outer.mul_(_bell(scene.heart - 0.9, 1.2)), air)
     pleura = _incidence(scene.border, grid.dr).pow_(3).mul_(_bell(scene.border, 1.2))
-    mirror.add_(pleura, alpha=PLEURA * 0.5)
-    mirror.mul_(patch)
+    mirror.add_(pleura, alpha=PLEURA)
+    x, y, z = scene.material
+    rough = torch.sin(x * 0.27 + z * 0.19 + y * 0.11) + torch.sin(y * 0.31 - x * 0.13 + z * 0.23)
+    mirror.mul_(patch).mul_(rough.mul_(0.55).exp_())
     _lung(patient, label, strength, mirror, grid)
     near = chest[..., : grid.near]
     z = near[:, 2] - patient.skin(near[:, 0], near[:, 1])
@@ -321,7 +328,7 @@ def _ladder(patient: Patient, grid: Sector) -> Tensor:
     theta = grid.theta.float().to(grid.device)[:, None]
     shift = patient.ripples.tolist()
     rungs = torch.zeros(2, grid.beams, grid.near, device=grid.device)
-    for k, height in enumerate((0.16, 0.20, 0.30, 0.10, 0.05, 0.025, 0.012), 1):
+    for k, height in enumerate((0.12, 0.12, 0.18, 0.06, 0.03, 0.015, 0.008), 1):
         wave = torch.sin(theta * (6 + 4 * k) + shift[k]) * 0.5 + 0.6
         wave = wave * torch.exp(-((theta - 0.1 * math.sin(shift[k])) / 0.24).square())
         bend = 0.8 * torch.cos(theta * 3 + shift[k + 3])

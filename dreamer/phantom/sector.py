@@ -27,6 +27,7 @@ BEAM_WIDTH = 0.72  # degrees, standard deviation of the beam at its focus
 FOCUS = 80.0  # mm
 DIVERGENCE = 0.60  # degrees added to the width 80 mm away from the focus
 SCATTERER = 0.6  # mm, edge of the cell that holds one scatterer
+COMPOUND_AXIAL, COMPOUND_LATERAL = 0.5, 0.5  # mm and degrees, SD of the speckle reduction
 BANK = 12  # noise images to choose from
 _TABLE = 2**18  # entries of the scatterers' table
 _PRIMES = (73856093, 19349663, 83492791)  # Teschner et al., VMV 2003, equation 1
@@ -184,6 +185,18 @@ class Sector:
             out[:, k:].addcmul_(field[:, :-k], self.beam[k])
             out[:, :-k].addcmul_(field[:, k:], self.beam[k])
         return out
+
+    def compound(self, grey: Tensor) -> Tensor:
+        """The machine's speckle reduction: neighbouring log-compressed samples averaged."""
+        along = min(0.25, 0.5 * (COMPOUND_AXIAL / self.dr) ** 2)
+        across = min(0.25, 0.5 * (COMPOUND_LATERAL / self.step) ** 2)
+        smooth = grey * (1 - 2 * along)
+        smooth[..., 1:].add_(grey[..., :-1], alpha=along)
+        smooth[..., :-1].add_(grey[..., 1:], alpha=along)
+        grey = smooth * (1 - 2 * across)
+        grey[:, 1:].add_(smooth[:, :-1], alpha=across)
+        grey[:, :-1].add_(smooth[:, 1:], alpha=across)
+        return grey
 
     def cells(self, material: tuple[Tensor, ...], salt: int, edge: float) -> Tensor:
         """A number (int32) for the cube of edge `edge` mm in which each material point lies."""
