@@ -165,10 +165,9 @@ class LinearForms:
         self.add(name, [along, -2 * tube.start], shift)
 
     def at(self, points: Tensor) -> dict[str, Tensor]:
-        """Values [N, rows, P] by name at points [N, 3, P]."""
-        rows = torch.tensor(np.array(self.rows)).to(points)
-        shift = torch.tensor(np.array(self.shift)).to(points)
-        values = torch.baddbmm(shift[None, :, None], rows.expand(len(points), -1, -1), points)
+        """Values [N, rows, P] by name at homogeneous points [N, 4, P] (x, y, z, 1)."""
+        matrix = np.column_stack((np.array(self.rows), self.shift))
+        values = torch.matmul(torch.tensor(matrix).to(points), points)
         return {name: values[:, place] for name, place in self.place.items()}
 
 
@@ -379,7 +378,7 @@ class Heart:
         ]
         texture = wave[0] * wave[1]
         x, y, z = (axis + 1.6 * shift for axis, shift in zip(material, wave, strict=True))
-        forms = self.body.at(torch.stack((x, y, z), 1))
+        forms = self.body.at(torch.stack((x, y, z, torch.ones_like(x)), 1))
         r2 = torch.addcmul(x * x, y, y)
         square = torch.addcmul(r2, z, z)
         blob = {
@@ -430,7 +429,7 @@ class Heart:
 
         # Lung: beside the heart, nearer above; behind the heart; beyond the right atrium.
         edge = size.lung_edge + z.clamp(min=-12) * 0.56 - lateral
-        behind = (self.epicardium + 7) + beyond.clamp(min=0) * 0.25 - deep
+        behind = (self.epicardium + 4) + beyond.clamp(min=0) * 0.25 - deep
         lung = torch.minimum(torch.minimum(edge, behind), x + 84)
         liver = blob["liver"]
         paint("lung", lung < 0)
@@ -453,7 +452,7 @@ class Heart:
         paint("left_ventricle", lv < 0)
         paint("pulmonary_artery", trunk < 0)
         paint("aorta", root < 0)
-        papillary = self._cavity(flat, material[2], squeeze, lv, paint)
+        papillary = self._cavity(flat, material[2], squeeze, lv, label, without)
         closed = {"aortic_valve": root, "mitral_valve": None}
         for name, valve in self.valves.items():
             opening = mitral if name in ("mitral_valve", "tricuspid_valve") else aortic
@@ -491,17 +490,39 @@ class Heart:
         profile = torch.minimum(profile, height.clamp(min=0) * 0.9 + self.annulus)
         return torch.maximum(r2.sqrt_() - profile, -height)
 
-    def _cavity(self, flat: Tensor, z: Tensor, squeeze: Tensor, lv: Tensor, paint) -> Tensor:
+    def _cavity(
+        self,
+        flat: Tensor,
+        z: Tensor,
+        squeeze: Tensor,
+        lv: Tensor,
+        label: Tensor,
+        without: frozenset[str],
+    ) -> Tensor:
         """Paint papillary muscles and chordae; returns the distance to the muscles, mm."""
-        stretch = (1 - squeeze * (1 - self.shrink2)).rsqrt()
-        x, y = flat[:, 0] * stretch, flat[:, 1] * stretch
-        forms = self.cavity.at(torch.stack((x, y, z), 1))
-        square = torch.addcmul(torch.addcmul(x * x, y, y), z, z)
-        muscles = [tube_distance(forms[name], square, t) for name, t in self.papillary.items()]
-        papillary = torch.minimum(*muscles)
-        cords = [tube_distance(forms[name], square, t) for name, t in self.cords.items()]
-        paint("chordae", (reduce(torch.minimum, cords) < 0) & (lv < 0))
-        paint("papillary_muscles", (papillary < 0) & (lv < 2))
+        length = self.size.lv_length
+        near = ((lv < 2) & (z > 0.25 * length) & (z < length)).flatten().nonzero()[:, 0]
+        papillary = torch.full_like(lv, FAR)
+        if not len(near):
+            return papillary
+        stretch = (1 - squeeze * (1 - self.shrink2)).rsqrt()[:, 0][near // flat.shape[2]]
+        x = flat[:, 0].reshape(-1)[near] * stretch
+        y = flat[:, 1].reshape(-1)[near] * stretch
+        z, lv = z.reshape(-1)[near], lv.view(-1)[near]
+        forms = self.cavity.at(torch.stack((x, y, z, torch.ones_like(x)))[None])
+        square = (x * x + y * y + z * z)[None]
+        shapes = {
+            "chordae": [tube_distance(forms[name], square, t) for name, t in self.cords.items()],
+            "papillary_muscles": [
+                tube_distance(forms[name], square, t) for name, t in self.papillary.items()
+            ],
+        }
+        for name, distances in shapes.items():
+            found = reduce(torch.minimum, distances)[0]
+            if name not in without:
+                hit = (found < 0) & (lv < (0 if name == "chordae" else 2))
+                label.view(-1)[near[hit]] = LABEL[name]
+        papillary.view(-1)[near] = found
         return papillary
 
     @staticmethod

@@ -47,7 +47,7 @@ TISSUE = {
     "mediastinum": Tissue(-42, 0.1),
     "lung": Tissue(-40, 0.8),
     "liver": Tissue(-41, 0.4),
-    "chest_wall": Tissue(-48, 0.5),
+    "chest_wall": Tissue(-50, 0.5),
     "ribs": Tissue(-28, 28.0),
     "interatrial_septum": Tissue(-32, 0.5),
     "pulmonary_valve": Tissue(-29, 0.6),
@@ -55,7 +55,7 @@ TISSUE = {
     "descending_aorta": Tissue(-62, -0.1),
     "chordae": Tissue(-36, 0.4),
 }
-ENDOCARDIUM, EPICARDIUM, PERICARDIUM, PLEURA, BONE = 0.20, 0.25, 1.10, 0.40, 0.10  # reflectivity at right angles
+ENDOCARDIUM, EPICARDIUM, PERICARDIUM, PLEURA, BONE = 0.20, 0.25, 1.30, 0.25, 0.10  # reflectivity at right angles
 ANISOTROPY = -16.0  # dB, fibres along the beam against fibres across it
 FASCIA = {0.20: 0.02, 0.45: 0.012, 0.65: 0.03, 0.93: 0.012}  # share of the chest wall: reflectivity
 SIDE_LOBES = -37.0  # dB, energy of the neighbouring 14 degrees
@@ -63,7 +63,8 @@ HAZE = -56.0  # dB, reverberation clutter
 NOISE = -70.0  # dB, electronic, before the time-gain curve
 SHADOWED = 13.0  # dB lost on the way: structures behind count as shadowed
 AIR = 5.7  # mm of gel: contact is lost where the probe stands further off the skin
-MAPPING = 2.0  # exponent of the machine's grey map
+GAIN = 5.0  # dB, where echoes of 0 dB would saturate
+MAPPING = 2.5  # exponent of the machine's grey map
 
 
 class Frames(NamedTuple):
@@ -158,7 +159,7 @@ def _frames(
         power = field.square_() if power is None else power.add_(field.square_())
     grey = power.add_(1e-9).log10_().mul_(10)  # dB
     grey.add_(_time_gain(patient, grid))
-    grey = grey.add_(patient.gain + patient.dynamic_range).mul_(1 / patient.dynamic_range)
+    grey = grey.add_(patient.gain + GAIN + patient.dynamic_range).mul_(1 / patient.dynamic_range)
     grey = grid.compound(grey.clamp_(-0.2, 1.3)).clamp_(0, 1)
     image = grid.convert(grey.pow_(MAPPING).mul_(255))
     label = grid.truth(scene.label)
