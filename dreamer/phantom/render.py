@@ -312,7 +312,7 @@ def _clutter(
     haze = torch.exp(-grid.depth / 35) * 2.2 + 0.5
     haze = haze * 10 ** ((HAZE + patient.clutter) / 20)
     floor = 10 ** ((NOISE + patient.noise + grid.depth * (6 / 160)) / 20)
-    haze = haze * (0.35 + 0.65 * contact[:, :, None])
+    haze = haze * (0.7 + 0.3 * contact[:, :, None])
     parts = []
     for part in range(2):
         streak = grid.streak[part].index_select(0, pick)
