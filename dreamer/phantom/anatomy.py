@@ -266,7 +266,7 @@ class Heart:
         self.inlet_shift = float(self.inlet @ hinge)
         middle = np.array([crux - 1 - ring, 2.0, 0.0])
         middle[2] = (self.inlet_shift - self.inlet[:2] @ middle[:2]) / self.inlet[2]
-        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 7)
+        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 9)
         trunk = unit(self.at(0.88, 0.16, 0.42))
         self.valves = {
             "mitral_valve": Valve(
@@ -304,17 +304,17 @@ class Heart:
             "rv": Ellipsoid(rows, -middle, float(radii.mean())),
             "inflow": ellipsoid((crux - 0.5 * size.rv_basal, 1, tricuspid - 10),
                                 (0.55 * size.rv_basal, 19, 27)),
-            "la": ellipsoid((crux + 0.88 * la + 2, 9 + shift[1], length + 0.36 * size.la_length),
-                            (1.12 * la, 0.86 * la, 0.64 * size.la_length)),
-            "ra": ellipsoid((crux - 0.92 * ra, 3 + shift[2], tricuspid + 0.36 * size.ra_length),
-                            (1.12 * ra, 1.1 * ra, 0.64 * size.ra_length)),
+            "la": ellipsoid((crux + 0.80 * la + 2, 8 + shift[1], length + 0.36 * size.la_length),
+                            (1.20 * la, 0.88 * la, 0.64 * size.la_length)),
+            "ra": ellipsoid((crux - 0.86 * ra, 3 + shift[2], tricuspid + 0.36 * size.ra_length),
+                            (1.18 * ra, 1.1 * ra, 0.64 * size.ra_length)),
             "liver": ellipsoid((-52 + 3 * shift[3], 118, 42), (88, 88, 88)),
         }  # fmt: skip
         wall, back = self.epicardium, self.at(self.epicardium + 14, -6 + 2 * shift[3], length + 14)
         down = unit(self.at(0.05, 0.58, 0.81))
         self.tubes = {
-            "outlet": Tube(aorta.centre - aorta.axis * 11, aorta.centre, self.annulus + 0.5),
-            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 12), trunk.centre, 12.0),
+            "outlet": Tube(aorta.centre - aorta.axis * 9, aorta.centre, self.annulus + 0.5),
+            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 12), trunk.centre, 12.5),
             "trunk": Tube(trunk.centre, trunk.centre + trunk.axis * 42, 11.5),
             "descending": Tube(back - down * 90, back + down * 90, 11.0),
             "band": Tube(np.array([-wall, -2, 0.42 * length]),
@@ -332,14 +332,15 @@ class Heart:
                 self.cords[f"{name}_{k}"] = Tube(tip, leaf, 0.55)
 
     def _forms(self) -> None:
-        self.body, self.cavity = LinearForms(), LinearForms()
+        self.body, self.cavity, self.leaflets = LinearForms(), LinearForms(), LinearForms()
         for name, shape in self.ellipsoids.items():
             self.body.add(name, shape.rows, shape.shift)
         for name, tube in self.tubes.items():
             self.body.add_tube(name, tube)
         for name, valve in self.valves.items():
+            forms = self.leaflets if name == "mitral_valve" else self.body
             rows = [valve.across, np.cross(valve.axis, valve.across), valve.axis]
-            self.body.add(name, rows, [-row @ valve.centre for row in rows])
+            forms.add(name, rows, [-row @ valve.centre for row in rows])
         rows = [self.inlet, self.deep, [0.95, 0.3, 0.0]]
         self.body.add("planes", rows, [-self.inlet_shift, 0.0, 0.0])
         for name, tube in (self.papillary | self.cords).items():
@@ -360,6 +361,8 @@ class Heart:
         weight = 1 / (1 + (r2 * (1 / 75**2)) ** 2)
         zr = torch.addcmul(z, zr, weight)
         a2 = ((zr - self.centre) * (1 / self.centre)).square_().neg_().add_(1).clamp_(min=0)
+        # The annulus narrows less than the middle.
+        a2.mul_(((length + 8 - zr) * (1 / 24)).clamp_(0.33, 1))
         a2 = a2.mul_(reach).mul_(squeeze * (self.kappa * self.radius**2))
         scale = a2.div_(r2.add_(1.0)).add_(1).sqrt_()
         return x * scale, y * scale, zr
@@ -397,7 +400,8 @@ class Heart:
         thick = (z * (0.6 / length)).clamp_(0, 0.45).add_(0.55).mul_(size.wall)  # thin at the apex
         trunk_height = forms["pulmonary_valve"][:, 2]
         root_across, root_along, root_height = forms["aortic_valve"].unbind(1)
-        outlet = torch.maximum(tube["outlet"], root_height - 1)
+        narrow = (root_height * (-1 / 7)).clamp_(0, 1).mul_(squeeze * 8.0)  # in systole
+        outlet = torch.maximum(tube["outlet"] + narrow, root_height - 1)
         # Muscle runs on from the septum to the aortic annulus.
         epi = smooth_min(cavity - thick, outlet - 0.75 * thick, 12.0)
         wall = torch.maximum(epi, torch.minimum(beyond - 2.5, outlet - 0.75 * thick))
@@ -452,13 +456,15 @@ class Heart:
         paint("left_ventricle", lv < 0)
         paint("pulmonary_artery", trunk < 0)
         paint("aorta", root < 0)
-        papillary = self._cavity(flat, material[2], squeeze, lv, label, without)
-        closed = {"aortic_valve": root, "mitral_valve": None}
-        for name, valve in self.valves.items():
-            opening = mitral if name in ("mitral_valve", "tricuspid_valve") else aortic
-            near = self._near(forms[name], closed.get(name), valve)
-            if name not in without and len(near):
-                self._leaflets(name, forms[name], opening, near, label)
+        inside = torch.minimum(lv, la)
+        papillary = self._cavity(
+            flat, (x, y, z), material, squeeze, mitral, inside, label, without
+        )
+        openings = {"tricuspid_valve": mitral, "aortic_valve": aortic, "pulmonary_valve": aortic}
+        for name, opening in openings.items():
+            if name not in without:
+                lumen = root if name == "aortic_valve" else None
+                self._leaflets(name, forms[name], opening, lumen, label)
         lumens = {
             "left_ventricle": torch.maximum(lv, -papillary),
             "right_ventricle": torch.maximum(rv, -epi),
@@ -493,54 +499,64 @@ class Heart:
     def _cavity(
         self,
         flat: Tensor,
-        z: Tensor,
+        wavy: tuple[Tensor, ...],
+        material: tuple[Tensor, ...],
         squeeze: Tensor,
-        lv: Tensor,
+        mitral: Tensor,
+        inside: Tensor,
         label: Tensor,
         without: frozenset[str],
     ) -> Tensor:
-        """Paint papillary muscles and chordae; returns the distance to the muscles, mm."""
-        length = self.size.lv_length
-        near = ((lv < 2) & (z > 0.25 * length) & (z < length)).flatten().nonzero()[:, 0]
-        papillary = torch.full_like(lv, FAR)
+        """Paint what blood surrounds: papillary muscles, chordae, mitral leaflets.
+
+        Blood near the axis has no material point at end diastole, so these live in the frame of
+        the contracting wall. Returns the distance to the papillary muscles, mm.
+        """
+        length, z = self.size.lv_length, wavy[2]
+        near = ((inside < 2) & (z > 0.25 * length) & (z < length + 9)).flatten().nonzero()[:, 0]
+        papillary = torch.full_like(inside, FAR)
         if not len(near):
             return papillary
-        stretch = (1 - squeeze * (1 - self.shrink2)).rsqrt()[:, 0][near // flat.shape[2]]
-        x = flat[:, 0].reshape(-1)[near] * stretch
-        y = flat[:, 1].reshape(-1)[near] * stretch
-        z, lv = z.reshape(-1)[near], lv.view(-1)[near]
-        forms = self.cavity.at(torch.stack((x, y, z, torch.ones_like(x)))[None])
-        square = (x * x + y * y + z * z)[None]
+        frame = near // flat.shape[2]
+        squeeze, mitral = squeeze[:, 0][frame], mitral[:, 0][frame]
+        x, y = (flat[:, axis].reshape(-1)[near] for axis in range(2))
+        bend = [(wavy[axis] - material[axis]).view(-1)[near] for axis in range(2)]
+        z, inside, ones = z.reshape(-1)[near], inside.view(-1)[near], torch.ones_like(x)
+        stretch = (1 - squeeze * (1 - self.shrink2)).rsqrt()
+        forms = self.cavity.at(torch.stack((x * stretch, y * stretch, z, ones))[None])
+        square = ((x * stretch) ** 2 + (y * stretch) ** 2 + z * z)[None]
         shapes = {
             "chordae": [tube_distance(forms[name], square, t) for name, t in self.cords.items()],
             "papillary_muscles": [
                 tube_distance(forms[name], square, t) for name, t in self.papillary.items()
             ],
         }
-        for name, distances in shapes.items():
-            found = reduce(torch.minimum, distances)[0]
+        found = {name: reduce(torch.minimum, parts)[0] for name, parts in shapes.items()}
+        papillary.view(-1)[near] = found["papillary_muscles"]
+        annulus = 1 + 0.16 * squeeze  # how much narrower the annulus is in systole
+        points = torch.stack((x * annulus + bend[0], y * annulus + bend[1], z, ones))
+        forms = self.leaflets.at(points[None])["mitral_valve"][0]
+        found["mitral_valve"] = two_leaflets(*forms, mitral, self.valves["mitral_valve"])
+        found["papillary_muscles"] = torch.maximum(found["papillary_muscles"], inside - 2)
+        for name, distance in found.items():
             if name not in without:
-                hit = (found < 0) & (lv < (0 if name == "chordae" else 2))
-                label.view(-1)[near[hit]] = LABEL[name]
-        papillary.view(-1)[near] = found
+                label.view(-1)[near[distance < 0]] = LABEL[name]
         return papillary
 
-    @staticmethod
-    def _near(forms: Tensor, vessel: Tensor | None, valve: Valve) -> Tensor:
-        """Flat indices of the points that a valve can reach."""
-        across, along, height = forms.unbind(1)
+    def _leaflets(
+        self, name: str, forms: Tensor, opening: Tensor, lumen: Tensor | None, label: Tensor
+    ) -> None:
+        """Paint one valve, computed only at the points that it can reach."""
+        valve, (across, along, height) = self.valves[name], forms.unbind(1)
         reach = max(valve.half_width, valve.half_length) + 6
         near = (height.abs() < 27) & (across.abs() < reach) & (along.abs() < valve.half_length + 1)
-        if vessel is not None:
-            near &= vessel < 0.5
-        return near.flatten().nonzero()[:, 0]
-
-    def _leaflets(
-        self, name: str, forms: Tensor, opening: Tensor, near: Tensor, label: Tensor
-    ) -> None:
-        """Paint one valve at the flat indices `near`."""
-        across, along, height = (form.reshape(-1)[near] for form in forms.unbind(1))
+        if lumen is not None:
+            near &= lumen < 0.5
+        near = near.flatten().nonzero()[:, 0]
+        if not len(near):
+            return
+        across, along, height = (form.reshape(-1)[near] for form in (across, along, height))
         opening = opening[:, 0][near // forms.shape[2]]
         model = three_cusps if name == "aortic_valve" else two_leaflets
-        hit = model(across, along, height, opening, self.valves[name]) < 0
+        hit = model(across, along, height, opening, valve) < 0
         label.view(-1)[near[hit]] = LABEL[name]

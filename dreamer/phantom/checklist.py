@@ -13,7 +13,7 @@ from dreamer.phantom.patient import Patient
 from dreamer.phantom.render import Frames, render
 from dreamer.phantom.sector import pixel_to_probe
 
-PHASES = (0.0, 0.2, 0.36, 0.48, 0.7)  # end diastole, systole, end systole, filling, diastasis
+PHASES = (0.0, 0.2, 0.36, 0.46, 0.7)  # end diastole, systole, end systole, filling, diastasis
 CLOSED = (0.0, 0.2, 0.36)  # atrioventricular valves shut
 SIZE = 224
 
@@ -117,7 +117,7 @@ def long_axis(view: View, phase: float) -> dict[str, bool]:
         "septum stands out": view.contrast("septum", "left_ventricle") > 2.5,
         "mitral valve stands out": view.contrast("mitral_valve", "left_ventricle") > 2.0,
     }
-    if phase in (0.0, 0.48, 0.7):
+    if phase in (0.0, 0.46, 0.7):
         items["aortic cusps"] = view.area("aortic_valve") > 15
     return items
 
@@ -156,8 +156,8 @@ def mitral_short_axis(view: View, phase: float) -> dict[str, bool]:
         "no aorta": view.area("aorta") < 15,
         "muscle stands out": view.contrast("myocardium", "left_ventricle") > 2.5,
     }  # fmt: skip
-    if phase == 0.48:
-        items["open mitral leaflets"] = view.area("mitral_valve") > 25
+    if phase == 0.46:
+        items["open mitral leaflets"] = view.area("mitral_valve") > 20
         items["leaflets stand out"] = view.contrast("mitral_valve", "left_ventricle") > 1.7
     return items
 

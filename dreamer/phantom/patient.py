@@ -145,11 +145,13 @@ class Patient:
         root_side = unit(side + axis * 0.16)
         root_side = unit(root_side - root_deep * (root_side @ root_deep))
         valve = heart.valves["aortic_valve"].centre + heart.valves["aortic_valve"].axis * 5.0
-        mitral = axis * (self.size.lv_length - self.size.descent - 6)
+        # Mitral valve: the near side leans to the apex, away from the outflow tract.
+        mitral_deep = unit(deep + axis * 0.18)
+        mitral = axis * (self.size.lv_length - self.size.descent - 7)
         beam, right, point, depth = {
             "a4c": (apical, lateral, np.array([-3.0, 0.5, 0.0]), far),
             "plax": (deep, axis, axis * (self.size.lv_length - 8), front),
-            "psax-mv": (deep, side, mitral, front),
+            "psax-mv": (mitral_deep, side, mitral, front),
             "psax-av": (root_deep, root_side, valve + root_deep * 22, front),
         }[target]
         frame = np.eye(4)
