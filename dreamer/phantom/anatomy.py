@@ -85,9 +85,9 @@ class Scene(NamedTuple):
     """Fields over sample points, all of one shape.
 
     `label` uint8 (1 + index in STRUCTURES); signed distances in mm, below zero inside: `blood`
-    (any lumen), `heart` (outer surface), `border` (lung or liver); `depth` 0 at the endocardium to
-    1 at the epicardium; `texture` slow variation about zero; `skeleton` 1, more in the fibrous rings
-    of the valves; `material` coordinates, mm.
+    (any lumen), `heart` (outer surface), `border` (lung or liver). `depth` is 0 at the endocardium
+    and 1 at the epicardium, `texture` a slow variation about zero, `skeleton` 1 and up to 2 at the
+    fibrous rings of the valves; `material` coordinates, mm.
     """
 
     label: Tensor
@@ -204,7 +204,7 @@ def two_leaflets(
 def three_cusps(
     across: Tensor, along: Tensor, height: Tensor, opening: Tensor, valve: Valve
 ) -> Tensor:
-    """Distance to three cusps that close in a star of three lines, at points in the valve's axes."""
+    """Distance to three cusps that close in a three-pointed star, in the valve's own axes."""
     facing = [
         across * math.cos(angle) + along * math.sin(angle)
         for angle in (math.pi + 0.25, 0.25 + math.pi / 3, 0.25 - math.pi / 3)
@@ -239,7 +239,7 @@ class Heart:
         self.epicardium = self.radius + size.wall
         self.front = self.epicardium + 0.62 * size.rv_basal + 4  # heart's surface to its axis, mm
         squeeze = 1 - size.descent / size.lv_length
-        self.shrink2 = (1 - size.ejection_fraction) / squeeze
+        self.shrink2 = 0.89 * (1 - size.ejection_fraction) / squeeze  # 0.89: the base narrows less
         reach = 1 / (1 + (self.shrink2 * self.radius**2 / 45**2) ** 2)
         self.kappa = (1 - self.shrink2) / reach
         self._valves()
@@ -257,7 +257,8 @@ class Heart:
         mitral_width, self.mitral_shift = 0.9 * base, 0.16 * base
         aortic = self.at(self.mitral_shift - mitral_width - annulus + 2.5, 0.0, length + 1)
         root = unit(self.at(-0.30, -0.20, 0.92))
-        self.annulus, self.sinus, self.junction = annulus, size.aortic_sinus / 2, 0.44 * size.aortic_sinus
+        self.annulus, self.sinus = annulus, size.aortic_sinus / 2
+        self.junction = 0.44 * size.aortic_sinus
         crux, tricuspid = -(base + 0.85 * size.wall), length - size.tricuspid_offset
         self.crux = crux
         ring = 0.48 * size.rv_basal
@@ -266,7 +267,7 @@ class Heart:
         self.inlet_shift = float(self.inlet @ hinge)
         middle = np.array([crux - 1 - ring, 2.0, 0.0])
         middle[2] = (self.inlet_shift - self.inlet[:2] @ middle[:2]) / self.inlet[2]
-        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 9)
+        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 8)
         trunk = unit(self.at(0.88, 0.16, 0.42))
         self.valves = {
             "mitral_valve": Valve(
@@ -291,7 +292,7 @@ class Heart:
         size, length = self.size, self.size.lv_length
         tricuspid = length - size.tricuspid_offset
         shift = np.clip(rng.standard_normal(4), -2, 2)
-        # The right ventricle wraps the septum: an ellipsoid that leans to the apex, less the septum.
+        # The right ventricle wraps the septum: an ellipsoid that leans towards the apex.
         out, beside = unit([-0.94, -0.34, 0.0]), unit([-0.34, 0.94, 0.0])
         lean, offset = 0.24, 0.64 * self.epicardium + shift[0]
         radii = np.array([size.rv_basal + 7.0, 1.06 * self.epicardium, 0.73 * size.rv_length])
@@ -405,9 +406,7 @@ class Heart:
         # Muscle runs on from the septum to the aortic annulus.
         epi = smooth_min(cavity - thick, outlet - 0.75 * thick, 12.0)
         wall = torch.maximum(epi, torch.minimum(beyond - 2.5, outlet - 0.75 * thick))
-        lv = torch.maximum(
-            smooth_min(cavity, outlet, 12.0), torch.minimum(beyond - 2.7, outlet)
-        )
+        lv = torch.maximum(smooth_min(cavity, outlet, 12.0), torch.minimum(beyond - 2.7, outlet))
         root = self._root(root_across, root_along, root_height)
         body = smooth_min(blob["rv"] + squeeze * 2.5, blob["inflow"] + squeeze * 1.5, 8.0)
         outflow = torch.maximum(tube["rvot"] + squeeze * 2, trunk_height)
@@ -457,9 +456,7 @@ class Heart:
         paint("pulmonary_artery", trunk < 0)
         paint("aorta", root < 0)
         inside = torch.minimum(lv, la)
-        papillary = self._cavity(
-            flat, (x, y, z), material, squeeze, mitral, inside, label, without
-        )
+        papillary = self._cavity(flat, (x, y, z), material, squeeze, mitral, inside, label, without)
         openings = {"tricuspid_valve": mitral, "aortic_valve": aortic, "pulmonary_valve": aortic}
         for name, opening in openings.items():
             if name not in without:

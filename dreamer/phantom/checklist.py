@@ -69,7 +69,8 @@ class View:
         """Mean grey level of a structure over that of a chamber (at least 4 grey levels)."""
         if not (self.mask(name).any() and self.mask(blood).any()):
             return 0.0
-        return float(self.image[self.mask(name)].mean() / max(self.image[self.mask(blood)].mean(), 4))
+        dark = max(self.image[self.mask(blood)].mean(), 4)
+        return float(self.image[self.mask(name)].mean() / dark)
 
 
 def four_chamber(view: View, phase: float) -> dict[str, bool]:
@@ -132,7 +133,7 @@ def aortic_short_axis(view: View, phase: float) -> dict[str, bool]:
         and view.centre("right_atrium")[0] < aorta[0] - 10,
         "outflow tract in front": view.area("right_ventricle") > 100
         and view.centre("right_ventricle")[1] < aorta[1],
-        "pulmonary artery on the right": view.area("pulmonary_artery") > 60
+        "pulmonary artery on the right": view.area("pulmonary_artery") > 40
         and view.centre("pulmonary_artery")[0] > aorta[0] + 10,
         "atrial septum": view.area("interatrial_septum") > 5,
         "wall stands out": view.contrast("heart_wall", "left_atrium") > 2.0,
@@ -154,7 +155,7 @@ def mitral_short_axis(view: View, phase: float) -> dict[str, bool]:
         "myocardium": view.area("myocardium") > 300,
         "no left atrium": view.area("left_atrium") < 30,
         "no aorta": view.area("aorta") < 15,
-        "muscle stands out": view.contrast("myocardium", "left_ventricle") > 2.5,
+        "muscle stands out": view.contrast("myocardium", "left_ventricle") > 2.0,
     }  # fmt: skip
     if phase == 0.46:
         items["open mitral leaflets"] = view.area("mitral_valve") > 20

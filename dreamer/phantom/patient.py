@@ -64,9 +64,9 @@ class Factors:
                 raise ValueError(f"vary: {name} must be a finite number; got {value!r}")
         factors = cls(**vary)
         if not -80 <= factors.depth <= 80:
-            raise ValueError(f"vary: depth must be within 80 mm of the default; got {vary['depth']}")
+            raise ValueError(f"vary: depth must be within 80 mm; got {factors.depth}")
         if factors.time_gain != int(factors.time_gain) or factors.time_gain < 0:
-            raise ValueError(f"vary: time_gain numbers a curve; got {vary['time_gain']}")
+            raise ValueError(f"vary: time_gain numbers a curve; got {factors.time_gain}")
         return factors
 
 
@@ -147,7 +147,7 @@ class Patient:
         valve = heart.valves["aortic_valve"].centre + heart.valves["aortic_valve"].axis * 5.0
         # Mitral valve: the near side leans to the apex, away from the outflow tract.
         mitral_deep = unit(deep + axis * 0.18)
-        mitral = axis * (self.size.lv_length - self.size.descent - 7)
+        mitral = axis * (self.size.lv_length - self.size.descent - 8)
         beam, right, point, depth = {
             "a4c": (apical, lateral, np.array([-3.0, 0.5, 0.0]), far),
             "plax": (deep, axis, axis * (self.size.lv_length - 8), front),

@@ -55,7 +55,12 @@ TISSUE = {
     "descending_aorta": Tissue(-62, -0.1),
     "chordae": Tissue(-36, 0.4),
 }
-ENDOCARDIUM, EPICARDIUM, PERICARDIUM, PLEURA, BONE = 0.20, 0.25, 1.30, 0.25, 0.10  # reflectivity at right angles
+# Reflectivity of surfaces at right angles to the beam, as amplitude.
+ENDOCARDIUM = 0.20
+EPICARDIUM = 0.25  # against fat and chest wall
+PERICARDIUM = 1.30  # against the lung's air
+PLEURA = 0.25
+BONE = 0.10
 ANISOTROPY = -16.0  # dB, fibres along the beam against fibres across it
 FASCIA = {0.20: 0.02, 0.45: 0.012, 0.65: 0.03, 0.93: 0.012}  # share of the chest wall: reflectivity
 SIDE_LOBES = -37.0  # dB, energy of the neighbouring 14 degrees
@@ -103,7 +108,7 @@ def render(
     phase: Tensor | float,
     without: str | Collection[str] | None = None,
     target: str = "a4c",
-    size: int = 224,
+    size: int = 112,
     device: str | torch.device = "cpu",
     vary: Mapping[str, float | str] | None = None,
 ) -> Frames:
@@ -136,7 +141,12 @@ def render(
 
 
 def _frames(
-    patient: Patient, pose: Tensor, phase: Tensor, without: frozenset[str], target: str, grid: Sector
+    patient: Patient,
+    pose: Tensor,
+    phase: Tensor,
+    without: frozenset[str],
+    target: str,
+    grid: Sector,
 ) -> Frames:
     to_chest = poses.to_matrix(pose)
     to_heart = patient.place(target) @ to_chest

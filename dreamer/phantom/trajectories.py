@@ -22,7 +22,8 @@ MOTIONS = ("search", "independent")
 
 class Plan(NamedTuple):
     """F frames and T transitions of one patient: `pose` [F, 6] mm and degrees, `phase` [F] of the
-    cycle, `number` [F] the frame's number, `pairs` [T, 2] rows of frames, `motion` [T] one of MOTIONS."""
+    cycle, `number` [F] of each frame, `pairs` [T, 2] rows of frames, `motion` [T] one of MOTIONS.
+    """
 
     pose: NDArray[np.float64]
     phase: NDArray[np.float64]
