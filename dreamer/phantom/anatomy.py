@@ -267,12 +267,12 @@ class Heart:
         self.inlet_shift = float(self.inlet @ hinge)
         middle = np.array([crux - 1 - ring, 2.0, 0.0])
         middle[2] = (self.inlet_shift - self.inlet[:2] @ middle[:2]) / self.inlet[2]
-        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 8)
+        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 7)
         trunk = unit(self.at(0.88, 0.16, 0.42))
         self.valves = {
             "mitral_valve": Valve(
                 self.deep * self.mitral_shift + [0, 0, length], np.array([0, 0, -1.0]), self.deep,
-                mitral_width, 1.06 * base, 0.28 * mitral_width, 6.0,
+                mitral_width, 1.2 * base, 0.28 * mitral_width, 6.0,
             ),
             "tricuspid_valve": Valve(
                 middle, -self.inlet, np.array([-1.0, 0, 0.12]) / math.hypot(1, 0.12), ring, 18.0,
@@ -315,8 +315,8 @@ class Heart:
         down = unit(self.at(0.05, 0.58, 0.81))
         self.tubes = {
             "outlet": Tube(aorta.centre - aorta.axis * 9, aorta.centre, self.annulus + 0.5),
-            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 12), trunk.centre, 12.5),
-            "trunk": Tube(trunk.centre, trunk.centre + trunk.axis * 42, 11.5),
+            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 12), trunk.centre, 13.5),
+            "trunk": Tube(trunk.centre, trunk.centre + trunk.axis * 42, 12.0),
             "descending": Tube(back - down * 90, back + down * 90, 11.0),
             "band": Tube(np.array([-wall, -2, 0.42 * length]),
                          np.array([-wall - 26, -14, 0.55 * length]), 2.2),

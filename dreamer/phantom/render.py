@@ -219,7 +219,7 @@ def _contact(patient: Patient, to_chest: Tensor, grid: Sector) -> Tensor:
     gap = patient.skin(at[:, 0], at[:, 1]) - at[:, 2] + patient.factors.contact
     contact = torch.sigmoid((AIR - gap) / 0.6)
     loss = _waves(at[:, 0] * 0.8, at[:, 1] * 0.8, patient.ripples[:3].tolist())
-    decibel = 2.2 * loss - 3.0 * (loss - 0.9).clamp(min=0) - 1.0
+    decibel = 2.0 * loss - 3.0 * (loss - 0.9).clamp(min=0) - 1.0
     return (contact * 10 ** (decibel.clamp(max=2) / 20)).float().to(grid.device)
 
 
