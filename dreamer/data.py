@@ -9,7 +9,6 @@ element by element, or the motion P1^-1 P2. data/README.md describes it in full.
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -27,8 +26,10 @@ from dreamer.records import (
     TOLERANCE,
     DataError,
     as_text,
+    count,
     find_patients,
     find_scans,
+    natural,
     patients_of,
     read_scan,
     report,
@@ -111,9 +112,9 @@ class Transitions(Dataset):
         owner = patients_of(list(scans), patients, problems)
         read = [read_scan(n, file, self.reading, problems) for n, file in scans.items()]
         read = [scan for scan in read if scan is not None]
-        # First frames of a scan before second ones: the latter are mostly the former again.
-        paths = [pair[side] for scan in read for side in (0, 1) for pair in scan.paths]
-        owners = [scan.name for scan in read for _ in range(2 * len(scan.paths))]
+        # First frames before second ones, of which most are the former again.
+        paths = [pair[side] for side in (0, 1) for scan in read for pair in scan.paths]
+        owners = [scan.name for _ in (0, 1) for scan in read for _ in scan.paths]
         ids: dict[tuple[str, str], int] = {}
         frame_id = [
             [ids.setdefault((scan.name, frame), len(ids)) for frame in pair]
@@ -145,7 +146,8 @@ class Transitions(Dataset):
         if problems:
             raise DataError(self.folder, problems)
         if self.blank.any():
-            log.warning("%s: %d frames are of a single grey level", folder, self.blank.sum())
+            blank = count(np.unique(self.frame_id[self.blank[self.rows]]), "frame")
+            log.warning("%s: %s of a single grey level", folder, blank)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -178,7 +180,7 @@ class Transitions(Dataset):
             one, two = names[list(pair)]
             at = [np.flatnonzero((rows == shared[0]) & (scan == number))[0] for number in pair]
             text = (
-                f"scans {one} and {two} share {len(shared)} images, for example frame "
+                f"scans {one} and {two} share {count(shared, 'image')}, for example frame "
                 f"{' and frame '.join(self.frame.ravel()[at])}; remove the copy"
             )
             if owner[one] != owner[two]:
@@ -191,8 +193,8 @@ class Transitions(Dataset):
         for pair, shared in _shared(same.ravel(), scan, pose.any(1)).items():
             if 2 * len(shared) > size[list(pair)].min():
                 one, two = names[list(pair)]
-                text = "scans %s and %s share %d poses: is one a copy of the other?"
-                log.warning(text, one, two, len(shared))
+                text = "scans %s and %s share %s: is one a copy of the other?"
+                log.warning(text, one, two, count(shared, "pose"))
 
     def images(self, rows: NDArray[np.int64]) -> Tensor:
         """Frames uint8 [B, 1, S, S] by their rows."""
@@ -329,7 +331,7 @@ def split_by_blocks(data: Transitions, blocks: int = 30, gap: int = 2) -> Split:
             f"{blocks} blocks with a gap of {gap} leave train {train}, val {val}, test {test} of "
             f"{len(data)} transitions; at least 6 blocks, or a smaller gap, are needed"
         )
-    log.warning("split: %d of %d transitions are dropped at cuts", (own < 0).sum(), len(data))
+    log.warning("split: %d of %d transitions dropped at cuts", (own < 0).sum(), len(data))
     return _without_leaks(data, Split(*parts, kind="blocks"))
 
 
@@ -339,15 +341,13 @@ def _in_time(data: Transitions, indices: NDArray[np.int64]) -> NDArray[np.int64]
     _, pose, _ = data.singles(indices)
     ids, first = np.unique(data.frame_id[indices].ravel(), return_index=True)
     names = data.frame[indices].ravel()[np.sort(first)]
-    parts = [re.split(r"(\d+)", name) for name in names]
-    keys = [[int(p) if n % 2 else p for n, p in enumerate(part)] for part in parts]
-    by_name = sorted(range(len(keys)), key=keys.__getitem__)
+    by_name = sorted(range(len(names)), key=lambda number: natural(names[number]))
 
     def length(order: list[int]) -> float:
         step = pose[order].diff(dim=0)
         return float(torch.cat((step[:, :3], poses.wrap(step[:, 3:])), 1).norm(dim=1).sum())
 
-    return ids[np.argsort(first)][min((list(range(len(keys))), by_name), key=length)]
+    return ids[np.argsort(first)][min((list(range(len(names))), by_name), key=length)]
 
 
 def _without_leaks(data: Transitions, split: Split) -> Split:
@@ -363,7 +363,7 @@ def _without_leaks(data: Transitions, split: Split) -> Split:
             places = np.argwhere(data.rows == both[0])
             at, side = places[0]
             raise ValueError(
-                f"{data.folder}: {len(both)} images are in both {one} and {other}, for example "
+                f"{data.folder}: both {one} and {other} hold {count(both, 'image')}, for example "
                 f"frame {data.frame[at, side]} of scan {data.scan[at]}; remove the copies, or keep "
                 "their scans in one part (patients: ...)"
             )

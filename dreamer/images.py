@@ -102,24 +102,34 @@ def read_image(source: str | Path | BinaryIO, bits: int = 0) -> Grey:
     with Image.open(source) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"holds {image.n_frames} frames; write one file per frame")
-        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-        if image.mode not in MODES and not deep:
-            raise ValueError(f"pixels of type {image.mode}; write grey levels of 8 or 16 bits")
-        if image.has_transparency_data:
-            opacity = image.convert("RGBA").getchannel("A").getextrema()
-            if opacity != (255, 255):
-                raise ValueError("is transparent; flatten it to plain grey levels")
-        notes = []
-        if image.getexif().get(0x0112, 1) != 1:
-            notes.append("turned upright, as their EXIF orientation states")
-        upright = ImageOps.exif_transpose(image)
-        if deep:
-            values = np.asarray(upright).astype(np.uint16)
-            notes.append("reduced from 16 to 8 bits")
-            return Grey(to_uint8(values, bits), notes, int(values.max()))
-        if image.mode not in ("L", "LA") and _is_coloured(upright.convert("RGB")):
-            notes.append("coloured, of which only the luminance is kept")
-        return Grey(np.asarray(upright.convert("L")), notes, 0)
+        return to_grey(image, bits)
+
+
+def to_grey(image: Image.Image | NDArray, bits: int = 0) -> Grey:
+    """A Pillow image, or an array [H, W] or [H, W, 3], as upright grey levels.
+
+    Raises ValueError where content would be lost.
+    """
+    if not isinstance(image, Image.Image):
+        if image.ndim == 2 and image.dtype != np.uint8:
+            return Grey(to_uint8(image, bits), ["reduced from 16 to 8 bits"], int(image.max()))
+        image = Image.fromarray(image)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode not in MODES and not deep:
+        raise ValueError(f"pixels of type {image.mode}; write grey levels of 8 or 16 bits")
+    if image.has_transparency_data:
+        opacity = image.convert("RGBA").getchannel("A").getextrema()
+        if opacity != (255, 255):
+            raise ValueError("is transparent; flatten it to plain grey levels")
+    turned = image.getexif().get(0x0112, 1) != 1
+    notes = ["turned upright, as their EXIF orientation states"] if turned else []
+    upright = ImageOps.exif_transpose(image) if turned else image
+    if deep:
+        found = to_grey(np.asarray(upright).astype(np.uint16), bits)
+        return found._replace(notes=notes + found.notes)
+    if image.mode not in ("L", "LA") and _is_coloured(upright.convert("RGB")):
+        notes.append("coloured, of which only the luminance is kept")
+    return Grey(np.asarray(upright.convert("L")), notes, 0)
 
 
 def _is_coloured(image: Image.Image) -> bool:
@@ -168,6 +178,8 @@ def to_square(
 ) -> NDArray[np.uint8]:
     """A square image uint8 [S, S] by the rule "pad", "crop" or "fan" (with `fan` bool [H, W])."""
     if rule == "fan":
+        if fan is None:
+            raise ValueError("no fan is known for it; use square: pad or crop")
         rows, columns = np.flatnonzero(fan.any(1)), np.flatnonzero(fan.any(0))
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         grey = np.where(fan, grey, 0).astype(np.uint8)[box]
@@ -368,8 +380,6 @@ def _decode(
             file, image = loaded
             if image is not None:
                 first = first or image
-                notes.update(image.notes)
-                peak = max(peak, image.peak)
                 if (image.shape, len(image.frame)) != (first.shape, len(first.frame)):
                     problems.append(
                         f"{path}: {_pixels(image.shape)} pixels, others {_pixels(first.shape)}; "
@@ -380,6 +390,8 @@ def _decode(
                 if image.digest not in row_of_image and not problems:
                     part.write(image.frame.tobytes())
                     blank.append(bool(image.frame.min() == image.frame.max()))
+                    notes.update(image.notes)
+                    peak = max(peak, image.peak)
                 row_of_file[file] = row_of_image.setdefault(image.digest, len(row_of_image))
             rows.append(row_of_file[file])
         if problems:
@@ -393,7 +405,9 @@ def _decode(
             "shape": np.array(frames.shape),
             "digest": digest,
             "checksums": _checksums(frames),
-            "notes": np.array(_summary(notes, peak, first.shape, reading), dtype=str),
+            "notes": np.array(
+                summary(notes, peak, first.shape, reading.square, reading.bits), dtype=str
+            ),
         }
         os.replace(part.name, root / f"{key}-{digest}.raw")
     content = io.BytesIO()
@@ -423,21 +437,23 @@ def _refuse_full_disk(root: Path, needed: int) -> None:
         )
 
 
-def _summary(notes: Counter, peak: int, shape: tuple[int, int], reading: Reading) -> list[str]:
-    """What was changed on reading, in words."""
-    told = [f"{count} images are {note}" for note, count in notes.items()]
-    if peak and not reading.bits and peak < 2**12:
+def summary(
+    notes: Counter, peak: int, shape: tuple[int, int], square: str, bits: int = 0
+) -> list[str]:
+    """What was changed in images [H, W] when they were read, in words."""
+    told = [f"{number} of the images: {note}" for note, number in notes.items()]
+    if peak and not bits and peak < 2**12:
         told.append(
             f"no 16-bit image exceeds grey level {peak} of 65535, so frames are dark; if fewer "
             f"bits are in use, state them (bits: {max(peak.bit_length(), 8)})"
         )
-    if reading.square == "fan" or shape[0] != shape[1]:
+    if square == "fan" or shape[0] != shape[1]:
         rule = {
             "pad": "padded to a square with black",
             "crop": "cropped to their central square",
             "fan": "black outside the fan, cut to its box and padded to a square",
         }
-        told.append(f"images of {_pixels(shape)} pixels are {rule[reading.square]}")
+        told.append(f"images of {_pixels(shape)} pixels are {rule[square]}")
     return told
 
 

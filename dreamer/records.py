@@ -8,8 +8,9 @@ import json
 import logging
 import math
 import os
+import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -91,13 +92,25 @@ def as_text(name: Any) -> str:
     return unicodedata.normalize("NFC", str(name)).strip()
 
 
+def count(items: Sized | int, noun: str) -> str:
+    """A number with its noun: "1 image", "2 images"."""
+    number = items if isinstance(items, int | np.integer) else len(items)
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def natural(name: str) -> list:
+    """A key that sorts names by the numbers in them: frame_2 before frame_10."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)]
+
+
 def patients_of(scans: list[str], patients: Mapping | None, problems: list[str]) -> dict[str, str]:
     if not patients:
         deep = [scan for scan in scans if scan.count("/") > 1]
         if deep:
             problems.append(f"{deep[0]}: name the patient of each scan (patients: ...)")
         if all("/" not in scan for scan in scans):
-            log.warning("each of the %d scans counts as one patient", len(scans))
+            log.warning("patients: each of %s counts as one patient", count(scans, "scan"))
         return {scan: as_text(scan.split("/")[0]) for scan in scans}
     given = {as_text(scan): as_text(name) for scan, name in patients.items() if name is not None}
     odd = [repr(scan) for scan in patients if not isinstance(scan, str)]
@@ -260,31 +273,36 @@ def _wrapped(path: Path, vectors: NDArray) -> NDArray:
     over = wrapped[..., 4].abs() > 90
     wrapped[over] = poses.from_matrix(poses.to_matrix(wrapped[over]))
     if changed := int((wide.any(-1) | over).sum()):
-        log.warning("%s: angles beyond 180 degrees (pitch: 90) in %d poses, wrapped", path, changed)
+        log.warning(
+            "%s: angles beyond 180 degrees (pitch: 90) in %s, wrapped", path, count(changed, "pose")
+        )
     return wrapped.numpy()
 
 
-def _image_path(
-    home: Path, known: dict[str, bool], text: str, follow_links: bool, problems: list[str]
-) -> str:
-    """The path of an image inside its scan's folder `home`; `known` remembers checked folders."""
-    # As text: for thousands of frames Path takes longer than reading them.
-    path = os.path.normpath(f"{home}{os.sep}" + text.replace("\\", "/"))
-    if not path.startswith(os.path.normpath(home) + os.sep) or PureWindowsPath(text).anchor:
-        problems.append(f"{home}: image {text} lies outside its scan; move it inside")
-        return path
-    folder = os.path.dirname(path)
-    if folder not in known:
-        known[folder] = Path(folder).resolve().is_relative_to(home.resolve())
-    inside = known[folder]
-    if os.path.islink(path):
-        inside = Path(path).resolve().is_relative_to(home.resolve())
-    if not inside and not follow_links:
+def _image_paths(
+    home: Path, texts: Iterable[str], follow_links: bool, problems: list[str]
+) -> dict[str, str]:
+    """The path of each image inside its scan's folder `home`; others are problems."""
+    paths, linked, inside = {}, [], {}
+    root = home.resolve()
+    for text in texts:
+        # As text: for thousands of frames Path takes longer than reading them.
+        path = paths[text] = os.path.normpath(f"{home}{os.sep}" + text.replace("\\", "/"))
+        if not path.startswith(os.path.normpath(home) + os.sep) or PureWindowsPath(text).anchor:
+            problems.append(f"{home}: image {text} lies outside its scan; move it inside")
+            continue
+        folder = os.path.dirname(path)
+        if folder not in inside:
+            inside[folder] = Path(folder).resolve().is_relative_to(root)
+        own = Path(path).resolve().is_relative_to(root) if os.path.islink(path) else inside[folder]
+        if not own:
+            linked.append(text)
+    if linked and not follow_links:
         problems.append(
-            f"{home}: image {text} lies outside its scan, behind a link; where you trust it, read "
-            "with follow_links: true"
+            f"{home}: {count(linked, 'image')} behind links out of the scan, for example "
+            f"{linked[0]}; where you trust them, read with follow_links: true"
         )
-    return path
+    return paths
 
 
 class Scan(NamedTuple):
@@ -312,11 +330,8 @@ def read_scan(name: str, file: Path, reading: Reading, problems: list[str]) -> S
         problems.append(f"{file}: {error}")
         return None
     _check_actions(file, vectors, problems)
-    known: dict[str, bool] = {}
-    path = {
-        text: _image_path(file.parent, known, text, reading.follow_links, problems)
-        for text in dict.fromkeys(record[f] for record in records for f in IMAGES)
-    }
+    texts = dict.fromkeys(record[f] for record in records for f in IMAGES)
+    path = _image_paths(file.parent, texts, reading.follow_links, problems)
     return Scan(
         name,
         [[as_text(record[f]) for f in FRAMES] for record in records],
