@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dreamer import poses
 from dreamer.images import Grey, blacken, find_fan, read_image, summary, to_grey, to_square
-from dreamer.records import ANGLES, LENGTHS, RECORDS, natural
+from dreamer.records import ANGLES, LENGTHS, RECORDS, count, doubts, natural
 
 log = logging.getLogger(__name__)
 
@@ -131,20 +131,20 @@ def read_clip(source: str | Path, bits: int = 0, times: str = "", unit: str = "m
     return clip
 
 
-def _numbered(count: int) -> list[str]:
-    return [f"frame_{i:05d}" for i in range(count)]
+def _numbered(frames: int) -> list[str]:
+    return [f"frame_{i:05d}" for i in range(frames)]
 
 
 def _folder(folder: Path, bits: int) -> Clip:
     files = [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
     files.sort(key=lambda file: natural(file.name))
     images = [file for file in files if file.suffix.lower() in (*IMAGES, *DICOMS)]
-    twice = [stem for stem, count in Counter(f.stem for f in images).items() if count > 1]
+    twice = [stem for stem, n in Counter(f.stem for f in images).items() if n > 1]
     if not images or twice:
         what = f"{twice[0]} in several formats" if twice else f"no image ({', '.join(IMAGES)})"
         raise ValueError(f"images: {folder} holds {what}; give a folder with one file per frame")
     if len(files) > len(images):
-        log.warning("%s: %d files that are no images are ignored", folder, len(files) - len(images))
+        log.warning("%s: %s ignored", folder, count(len(files) - len(images), "other file"))
     if images[0].suffix.lower() in DICOMS:
         pydicom = _library("pydicom")
         numbers = [
@@ -200,24 +200,24 @@ def _dicom(file: Path) -> Clip:
     from pydicom.pixels import pixel_array
 
     data = pydicom.dcmread(file)
-    count = int(data.get("NumberOfFrames") or 1)
+    frames = int(data.get("NumberOfFrames") or 1)
     kind = data.get("PhotometricInterpretation", "")
     if kind == "PALETTE COLOR" or "PixelData" not in data:
         raise ValueError(f"{file}: pixels of type {kind or 'none'}; export grey levels or RGB")
     step, vector, rate = (data.get(n) for n in ("FrameTime", "FrameTimeVector", "CineRate"))
     times = None
-    if vector is not None and len(vector) == count:
+    if vector is not None and len(vector) == frames:
         times = np.cumsum(np.array(vector, float)) / 1000
     elif step or rate:
-        times = np.arange(count) * (float(step) / 1000 if step else 1 / float(rate))
+        times = np.arange(frames) * (float(step) / 1000 if step else 1 / float(rate))
 
     def read(number: int) -> Grey:
-        values = pixel_array(data, index=number if count > 1 else None)  # colours become RGB
+        values = pixel_array(data, index=number if frames > 1 else None)  # colours become RGB
         if kind == "MONOCHROME1":  # white is 0
             values = 2**data.BitsStored - 1 - values
         return to_grey(values, data.BitsStored)
 
-    return Clip(_numbered(count), times, read)
+    return Clip(_numbered(frames), times, read)
 
 
 # Tracks
@@ -579,34 +579,28 @@ def check(sweep: Sweep, pose: NDArray[np.float64]) -> tuple[pd.DataFrame, list[s
     table["step_deg"] = np.append(np.nan, step.rotation)
     warnings = []
 
-    def warn(number: int, text: str) -> None:
-        if number:
-            warnings.append(f"{number} {text}")
+    def warn(found: pd.Series, noun: str, text: str) -> None:
+        if number := int(found.sum()):
+            warnings.append(f"{count(number, noun)} {text}")
 
     if sweep.times is not None:
         table.insert(1, "time_s", sweep.times)
         table["gap_s"] = table["time_s"].diff()
         table["speed_mm_s"] = table["step_mm"] / table["gap_s"].where(table["gap_s"] > 0)
         usual = table["gap_s"].median()
-        warn((table["gap_s"] <= 0).sum(), "frames are not later than the one before")
-        warn(
-            (table["gap_s"] > 5 * usual).sum(), f"gaps are over five times the usual {usual:.3g} s"
-        )
-        warn((table["speed_mm_s"] > 500).sum(), "steps are faster than 500 mm/s; invalid samples?")
-    warn((table["step_mm"] > 30).sum(), "steps are longer than 30 mm; invalid samples, or metres?")
-    warn((table["step_deg"] > 30).sum(), "steps turn by more than 30 degrees; another Euler order?")
+        warn(table["gap_s"] <= 0, "frame", "not later than the one before")
+        warn(table["gap_s"] > 5 * usual, "gap", f"over five times the usual {usual:.3g} s")
+        warn(table["speed_mm_s"] > 500, "step", "faster than 500 mm/s: invalid samples?")
+    warn(table["step_mm"] > 30, "step", "longer than 30 mm: invalid samples, or gaps?")
+    warn(table["step_deg"] > 30, "step", "of more than 30 degrees: another order of angles?")
     still = (table["step_mm"] < 1e-6) & (table["step_deg"] < 1e-5)
-    warn(still.sum(), "frames have exactly the pose of the one before; does the tracker lag?")
-    warn((table["pitch"].abs() > 80).sum(), "poses have a pitch near 90 degrees, where roll and "
-         "yaw are not defined apart")  # fmt: skip
+    warn(still, "frame", "with exactly the pose of the one before: does the tracker lag?")
+    warn(table["pitch"].abs() > 80, "pose", "with a pitch near 90 degrees, where roll and yaw "
+         "describe the same rotation")  # fmt: skip
     lost = sweep.dropped.get("frames without a pose", 0)
     if lost > 0.1 * len(sweep.clip):
-        warnings.append(f"{lost} of {len(sweep.clip)} frames have no pose")
-    reach, turn = np.abs(pose[:, :3]).max(), np.abs(pose[:, 3:]).max()
-    if reach <= 0.5:
-        warnings.append(f"no frame is farther than {reach:.3g} mm from the target; metres?")
-    if turn <= np.pi:
-        warnings.append(f"no angle is larger than {turn:.3g} degrees; radians?")
+        warnings.append(f"{lost} of {len(sweep.clip)} frames without a pose")
+    warnings += doubts(pose)
     return table, warnings
 
 
@@ -619,16 +613,20 @@ def write_scan(
     mask: Sequence[Sequence[int]] = (),
     bits: int = 0,
     source: str = "",
+    force: bool = False,
 ) -> list[str]:
     """Write a sweep as one scan of the transitions layout; returns what was changed, in words.
 
     `pose` [F, 6] as `relative` returns it; `gaps`: frames between the two of a pair; `square` and
     `mask` as `dreamer.images.Reading`. The scan appears whole or not at all, and replaces an
-    earlier import. Raises FileExistsError where `folder` is anything else.
+    earlier import. Raises FileExistsError where `folder` is anything else, ValueError where units
+    look wrong, unless `force`.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "import.json").is_file():
         raise FileExistsError(f"{folder} exists and is no import; choose another name")
+    if (found := doubts(pose)) and not force:
+        raise ValueError("; ".join(found) + "; correct length and angle, or force the import")
     pairs, names, fan = pair(sweep, gaps), sweep.names, None
     if square == "fan":
         fan = fan_of(sweep, mask)

@@ -117,7 +117,7 @@ def patients_of(scans: list[str], patients: Mapping | None, problems: list[str])
     missing = [scan for scan in scans if as_text(scan) not in given]
     if missing:
         hint = (
-            f"; {', '.join(odd)} is no text: YAML reads names such as 0513_01, 1e3 or no as "
+            f"; {', '.join(odd)} is no text: YAML reads names such as 0513_01, 12:30 or no as "
             "numbers or switches, quote them ('0513_01': ...)"
         )
         named = f"patients: no patient given for scan {', '.join(missing)}"
@@ -205,6 +205,23 @@ def _is_vector(value: Any) -> bool:
 # Checking poses
 
 
+def doubts(pose: NDArray) -> list[str]:
+    """What speaks against mm and degrees as the units of poses [..., 6], in words."""
+    far, wide = np.abs(pose[..., :3]).max(), np.abs(pose[..., 3:]).max()
+    found = []
+    if 0 < far <= METRES:
+        found.append(
+            f"no position is farther than {far:.3g} mm from the target plane, so that these are "
+            "probably metres ('m deg'), if not in fact millimetres ('mm deg')"
+        )
+    if 0 < wide <= math.pi or (0 < wide <= 2 * math.pi and pose[..., 3:].min() >= 0):
+        found.append(
+            f"no angle is larger than {wide:.3g} degrees, so that these are probably radians "
+            "('mm rad'), if not in fact degrees ('mm deg')"
+        )
+    return found
+
+
 def _check_units(
     path: Path, vectors: NDArray, stated: str, reading: Reading, problems: list[str]
 ) -> NDArray:
@@ -222,17 +239,7 @@ def _check_units(
                 "sample of the tracker, or other units (units: ...)"
             )
     if not stated:
-        if 0 < far.max() <= METRES:
-            found.append(
-                f"{path}: no position is farther than {far.max():.3g} mm from the target plane; "
-                "probably metres (units: 'm deg'); else state units: 'mm deg'"
-            )
-        unsigned = pose[..., 3:].min() >= 0 and wide.max() <= 2 * math.pi
-        if 0 < wide.max() <= math.pi or (0 < wide.max() and unsigned):
-            found.append(
-                f"{path}: no angle is larger than {wide.max():.3g} degrees; probably radians "
-                "(units: 'mm rad'); else state units: 'mm deg'"
-            )
+        found += [f"{path}: {text}; state the right units (units: ...)" for text in doubts(pose)]
     report(found, reading, problems)
     return vectors
 
