@@ -1,17 +1,17 @@
-# The front door: make figures | test | lab | clean. Each sets up all it needs and can be run again.
+# make figures | test | lab | clean. Each installs what it needs and can be run again.
 PYTHON ?= python3
 CONFIG ?=
 ABLATIONS ?=
 UV := uv==0.13.9
 BIN := .venv/bin
-# The environment is remade when what it is made from changes, whatever the files' dates say.
+# The environment is reinstalled when its requirements change, whatever the files' dates.
 STAMP := .venv/installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 export UV_HTTP_TIMEOUT ?= 300
 
 .PHONY: help figures test lint smoke lab environment clean
 help:
-	@echo "make figures   data, training, benchmark, attribution, figures/index.html"
+	@echo "make figures   data, training, all notebooks, one page under data/runs/"
 	@echo "make test      lint code and notebooks, run the tests"
 	@echo "make lab       JupyterLab on 127.0.0.1, with its token"
 	@echo "make clean     remove the phantom and caches; data/runs (trained models), figures/ and .venv stay"
@@ -29,15 +29,15 @@ lint: $(STAMP)
 	@$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify --keep-id $(NOTEBOOKS))
 
 lab: $(STAMP)
-	@echo "== JupyterLab on 127.0.0.1; the address below holds its token"
+	@echo "== JupyterLab on 127.0.0.1; the address below has its token"
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root)
 
 environment: $(STAMP)
 
-# An install that was cut off leaves the mark .venv/installing: it is then made anew from nothing.
+# An interrupted installation leaves the mark .venv/installing and starts from nothing next time.
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else \
-	  "Python 3.11 to 3.13 is needed, %s is %d.%d: say which, as in  make test PYTHON=python3.12" \
+	  "Python 3.11 to 3.13 is needed, %s is %d.%d; choose one: make test PYTHON=python3.12" \
 	  % (sys.executable, *v[:2]))'
 	@echo "== environment: .venv from requirements.txt (once; about 6 GB on disk, a few minutes)"
 	@test ! -e .venv/installing || rm -rf .venv

@@ -1,48 +1,55 @@
-"""The whole study: phantom data, trainings of both variants, every numbered notebook, one page.
+"""The whole study: phantom data, trainings, every numbered notebook, one page.
 
     make figures                                      the default, behind a lock
     make figures CONFIG="preset=full seeds=5"         other sizes
-    make figures CONFIG="data=../my_scans folds=5"    one's own scans
+    make figures CONFIG="data=../my_scans folds=5"    your own scans
     make figures CONFIG="plane=plax starts=200"       another target plane, more searches for it
-    make figures ABLATIONS=1                          the options' study too, some 55 short trainings
+    make figures CONFIG="output=figures"              into the committed figures
+    make figures ABLATIONS=1                          the study of options too, many short trainings
     snakemake --profile profiles/slurm                the same on a cluster
 
-A notebook's parameters say what it stands on: one that takes `data` waits for the data, one that
-takes `runs` for every training. Notebooks that do not exist yet are no steps. Where the models are
-small a step has one core to itself, so that several run side by side; of larger ones each takes all
-cores, and one at a time, since each asks for the one `trainer` that `make figures` grants. So do
-always those that measure time or share out the cores themselves.
+The parameters of a notebook decide what it depends on: one that takes `data` waits for the data,
+one that takes `runs` for every training. Steps with small models have one core each and run side by
+side; others take all cores, one at a time (the resource `trainer`), as do those that measure time
+or use several cores themselves.
 """
 
 import hashlib
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 
 import dreamer.pipeline
 from dreamer.pipeline import known_parameters, preset_parameters
 
-VARIANTS = ("patch", "channel")
+VARIANTS = ("patch", "channel", "none")  # none: no transformer
 PLANES = ("a4c", "plax", "psax-av", "psax-mv")
-COMPARED = "04_compare"  # this one also reads the control without a transformer, `none`
-PHANTOM = {  # patients, frames of each, pixels; the presets' models want these pictures
+COMPARE, TRAINING = "04_compare", "02_train"
+PHANTOM = {  # patients, frames of each, pixels
     "smoke": (8, 6, 64),
     "laptop": (224, 40, 112),
     "medium": (224, 40, 112),
     "full": (400, 80, 224),
 }
-# What each notebook promises to write into its output folder, beside whatever else it draws.
+# Files that each notebook must write into its output folder.
 PROMISED = {
-    "01_data": ("01_leak.csv", "01_grey.csv", "01_frames.png", "01_actions.png"),
-    "02_train": ("02_accuracy.csv", "02_curves.png", "02_accuracy.png", "02_predicted.png"),
-    "03_benchmark": ("03_verdicts.csv", "03_goals.csv", "03_benchmark.csv", "03_cold_warm.png"),
-    "04_compare": ("04_verdicts.csv", "04_accuracy.csv", "04_accuracy.png", "04_convergence.png"),
-    "05_attention": ("05_reading.csv", "05_gallery.png"),
-    "06_attribution": ("06_scores.csv", "06_verdicts.csv", "06_maps.png"),
-    "07_ablations": ("07_verdicts.csv", "07_changes.csv", "07_costs.png", "07_best.yaml"),
-    "08_navigation": ("08_verdicts.csv", "08_arrivals.csv", "08_arrivals.png", "08_search.gif"),
+    "01_data": ["01_leak.csv", "01_grey.csv", "01_frames.png", "01_actions.png"],
+    "02_train": ["02_accuracy.csv", "02_curves.png", "02_accuracy.png", "02_predicted.png"],
+    "03_benchmark": ["03_verdicts.csv", "03_benchmark.csv", "03_cold_warm.png"],
+    "04_compare": [
+        "04_verdicts.csv", "04_accuracy.csv", "04_runs.csv", "04_accuracy.png",
+        "04_convergence.png",
+    ],
+    "05_attention": ["05_attention.csv", "05_gallery.png"],
+    "06_attribution": ["06_scores.csv", "06_verdicts.csv", "06_maps.png"],
+    "07_ablations": ["07_verdicts.csv", "07_changes.csv", "07_costs.png", "07_best.yaml"],
+    "08_navigation": [
+        "08_verdicts.csv", "08_arrivals.csv", "08_arrivals.png", "08_search.gif",
+    ],
 }
-# What a notebook takes less of where only its running is tested.
+# Smaller samples for the smoke preset, which only tests that everything runs.
 SMOKE = {
     "03_benchmark": dict(
         batch_sizes=[1, 4], repeats=1, processes=1, image_sizes=[32, 64],
@@ -66,8 +73,7 @@ SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
 OWN_DATA = config.get("data")
-PLANE = config.get("plane", "a4c")  # that the phantom's searches look for
-STARTS = {"starts": int(config["starts"])} if "starts" in config else {}
+PLANE = config.get("plane", "a4c")
 KNOWN = {"data", "preset", "seeds", "folds", "output", "timeout", "ablations", "plane", "starts"}
 unknown = set(config) - KNOWN
 if unknown or (not OWN_DATA and PRESET not in PHANTOM) or not Path(PRESET_FILE).exists():
@@ -92,64 +98,79 @@ else:
     other = "" if PLANE == "a4c" else f"-{PLANE}"
     DATA, NAME = f"data/phantom/{patients}x{frames}-{size}px{other}", PRESET + other
     DATA_READY = [f"{DATA}.done"]
-    if not Path(DATA).is_dir():  # deleted by hand: the mark beside it says nothing any more
+    if not Path(DATA).is_dir():  # deleted by hand
         Path(DATA_READY[0]).unlink(missing_ok=True)
 if not SEEDS:
-    raise WorkflowError(f"seeds={config['seeds']}: one training of each kind at least")
+    raise WorkflowError(f"seeds={config['seeds']}: at least one training of each variant")
 if len(FOLDS) > 1 and not len(FOLDS) <= len(DATA_READY) > 2:
     raise WorkflowError(f"folds={len(FOLDS)} needs data=... with as many scans, three at least")
 
 RUNS = f"data/runs/{NAME}"
-# The committed figures are those of the default; other sizes and other data have their own folder.
-OUTPUT = config.get("output", "figures" if NAME == "laptop" else f"{RUNS}/figures")
+# The committed figures are written only on request.
+OUTPUT = config.get("output", f"{RUNS}/figures")
 NOTEBOOKS = {p.stem: str(p) for p in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))}
-if not int(config.get("ablations", 0)):  # a study of its own, of many trainings
+if not int(config.get("ablations", 0)):
     NOTEBOOKS.pop("07_ablations", None)
-NOTEBOOKS.pop("09_explore", None)  # for a hand on its sliders, not for the page
-TRAINING = "02_train"
+for interactive in ("00_import", "09_explore"):
+    NOTEBOOKS.pop(interactive, None)
 SPLITS = [f"-fold{fold}" for fold in FOLDS] if len(FOLDS) > 1 else [""]
 TRAINED = [
     f"{RUNS}/{variant}{split}-seed{seed}"
     for variant in VARIANTS for split in SPLITS for seed in SEEDS if TRAINING in NOTEBOOKS
 ]
-CONTROL = [f"{RUNS}/none{split}-seed0" for split in SPLITS if TRAINING in NOTEBOOKS]
-# Trainings are compared with one another, so all are of one code; a change of it trains anew.
-LEARNS = ("poses.py", "data.py", "tokens.py", "model.py", "runs.py", "training.py", "phantom/*.py")
-SOURCES = sorted(f for name in LEARNS for f in Path(dreamer.pipeline.__file__).parent.glob(name))
-CODE = hashlib.sha256(b"".join(f.read_bytes() for f in SOURCES)).hexdigest()[:16]
+
+
+def state_of_code() -> str:
+    """Digest of all code that trains: runs are compared only where they share it."""
+    core = ("files", "poses", "data", "tokens", "options", "model", "runs", "training")
+    folder = Path(dreamer.pipeline.__file__).parent
+    files = [folder / f"{name}.py" for name in core] + sorted((folder / "phantom").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def state_of_data() -> str:
+    """Digest of names, sizes and times of your own scans' files: a changed image is noticed."""
+    digest = hashlib.sha256()
+    for folder, _, names in sorted(os.walk(DATA)) if OWN_DATA else ():
+        for name in sorted(names):
+            seen = os.stat(os.path.join(folder, name))
+            digest.update(f"{folder}/{name} {seen.st_size} {seen.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+CODE = state_of_code()
+STATE = f"{CODE}-{state_of_data()}"
 
 
 def runs(step):
-    """The trainings that a notebook reads: all, or those of one fold, whose people none has seen."""
-    if step == COMPARED:
-        return TRAINED + CONTROL
-    return [run for run in TRAINED if f"{SPLITS[0]}-seed" in run]
+    """The runs that a notebook reads: the comparison all of them, others those with tokens of one
+    fold, whose test patients none of them has seen."""
+    if step == COMPARE:
+        return TRAINED
+    return [run for run in TRAINED if f"{SPLITS[0]}-seed" in run and "/none" not in run]
 
 
 def parameters(step, **given):
-    """As JSON: the preset's part, then what the pipeline itself says, where the notebook takes it."""
+    """Parameters of a notebook as JSON: from the preset, then from the pipeline."""
     takes = known_parameters(NOTEBOOKS[step])
-    said = {"data": DATA, "output": OUTPUT, "runs": runs(step), **STARTS, **given}
-    said["folder"] = f"{RUNS}/ablations/{CODE}"  # a change of the code trains anew
-    said |= SMOKE.get(step, {}) if PRESET == "smoke" else {}
-    said = {name: value for name, value in said.items() if name in takes}
+    values = {"data": DATA, "output": OUTPUT, "runs": runs(step), **given}
+    values["folder"] = f"{RUNS}/ablations/{STATE}"
+    if "starts" in config:
+        values["starts"] = int(config["starts"])
+    values |= SMOKE.get(step, {}) if PRESET == "smoke" else {}
+    values = {name: value for name, value in values.items() if name in takes}
     preset = preset_parameters(PRESET_FILE, NOTEBOOKS[step])
     if PRESET == "smoke" and "training" in preset:
-        preset["training"]["test"] = 2  # people; an interval over them needs two
-    return json.dumps(preset | said)
-
-
-def trained(folders):
-    """The marks of finished trainings."""
-    return [f"{RUNS}/notebooks/02_train-{Path(folder).name}.done" for folder in folders]
+        preset["training"]["test"] = 2  # an interval over patients needs two
+    return json.dumps(preset | values)
 
 
 def training(run):
-    """The parameters of one training, read off its run folder's name."""
+    """Parameters of one training, read from the name of its run folder."""
     variant, *fold, seed = run.split("-")
     given = dict(token_type=variant, seed=int(seed[4:]), run=f"{RUNS}/{run}")
     given["output"] = f"{RUNS}/tables/{run}"
-    if fold:  # every scan is tested once; the next fold's scans choose the epoch
+    if fold:  # every scan is tested once; the next fold's scans validate
         scans, k = [Path(file).parent.name for file in DATA_READY], int(fold[0][4:])
         preset = preset_parameters(PRESET_FILE, NOTEBOOKS[TRAINING]).get("training", {})
         parts = dict(test=scans[k :: len(FOLDS)], val=scans[(k + 1) % len(FOLDS) :: len(FOLDS)])
@@ -157,8 +178,13 @@ def training(run):
     return parameters(TRAINING, **given)
 
 
+def trained(folders):
+    """The marks of finished trainings."""
+    return [f"{RUNS}/notebooks/02_train-{Path(folder).name}.done" for folder in folders]
+
+
 def needs(step):
-    """The inputs of a notebook, read off its parameters."""
+    """The inputs of a notebook, by its parameters."""
     takes = known_parameters(NOTEBOOKS[step])
     return [
         NOTEBOOKS[step],
@@ -167,15 +193,15 @@ def needs(step):
     ]
 
 
-# One notebook: refuses unknown parameters, fails without the promised files, keeps what was run.
+# One notebook: refuses unknown parameters and keeps the executed notebook. Snakemake deletes the
+# declared outputs before it runs and fails where one is missing afterwards.
 RUN = (
-    f"OMP_NUM_THREADS={{threads}} {sys.executable} -m dreamer.pipeline {{input[0]}} --executed {{log[0]}} "
-    f"--timeout {TIMEOUT} -y {{params.parameters:q}} {{params.promised}}"
+    f"OMP_NUM_THREADS={{threads}} {shlex.quote(sys.executable)} -m dreamer.pipeline "
+    f"{{input[0]:q}} --executed {{log[0]:q}} --timeout {TIMEOUT} -y {{params.parameters:q}}"
 )
-
-# A mark says when: Snakemake takes an input that is small and reads as before for unchanged, and what
-# stood on an earlier training would be kept where the pipeline was stopped after the new one.
-DONE = " && date > {output.done}"
+# A mark holds the date: Snakemake takes a small input with the same content for unchanged, and
+# would keep what depended on an earlier training.
+DONE = " && date > {output.done:q}"
 
 
 rule all:
@@ -193,7 +219,7 @@ if not OWN_DATA:
             f"frames={frames}, size={size}, target={PLANE!r}, seed=0)",
         threads: 8
         shell:
-            f"{sys.executable} -c {{params.draw:q}} && date > {{output[0]}}"
+            f"{shlex.quote(sys.executable)} -c {{params.draw:q}} && date > {{output[0]:q}}"
 
 
 rule train:
@@ -201,30 +227,20 @@ rule train:
         NOTEBOOKS.get(TRAINING, []),
         DATA_READY,
     output:
+        [f"{RUNS}/tables/{{run}}/{name}" for name in PROMISED.get(TRAINING, ())],
         done=f"{RUNS}/notebooks/02_train-{{run}}.done",
     log:
         f"{RUNS}/notebooks/02_train-{{run}}.ipynb",
     params:
         parameters=lambda wildcards: training(wildcards.run),
-        code=CODE,
-        promised=[
-            f"--output {RUNS}/tables/{{run}}/{name}"
-            for name in PROMISED.get(TRAINING, ())
-        ],
-    wildcard_constraints:
-        run="(?!none).+",
+        state=STATE,
+        folder=lambda wildcards: f"{RUNS}/{wildcards.run}",
     threads: 1 if SMALL else 8
-    priority: 2  # the long ones first: what is short fills the cores at the end
+    priority: 2  # the long ones first: short ones fill the cores at the end
     resources:
         trainer=0 if SMALL else 1,
     shell:
-        RUN + f" --run {RUNS}/{{wildcards.run}} {{params.code}}" + DONE
-
-
-use rule train as control with:
-    wildcard_constraints:
-        run="none.+",
-    priority: 1
+        RUN + " --run {params.folder:q} {params.state}" + DONE
 
 
 for step in NOTEBOOKS:
@@ -243,7 +259,7 @@ for step in NOTEBOOKS:
             f"{RUNS}/notebooks/{step}.ipynb",
         params:
             parameters=parameters(step),
-            promised=[f"--output {OUTPUT}/{name}" for name in PROMISED.get(step, ())],
+            state=STATE,
         threads: 1 if SMALL and step not in ALONE else 8
         resources:
             trainer=0 if SMALL and step not in ALONE else 1,
@@ -258,7 +274,7 @@ rule page:
     output:
         f"{OUTPUT}/index.html",
     params:
-        write="from dreamer.report import write_page; write_page"
-        + repr((OUTPUT, f"{RUNS}/notebooks", *(["README.md"] if OUTPUT == "figures" else []))),
+        write=f"from dreamer.page import write_page; "
+        f"print('page:', write_page({OUTPUT!r}, {f'{RUNS}/notebooks'!r}))",
     shell:
-        f"{sys.executable} -c {{params.write:q}}"
+        f"{shlex.quote(sys.executable)} -c {{params.write:q}}"

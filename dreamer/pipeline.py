@@ -1,13 +1,14 @@
-"""One notebook through papermill: parameters checked, outputs promised and found.
+"""Notebooks through papermill, and all of them through Snakemake.
 
-Papermill alone only warns of an unknown parameter, and calls a run that wrote its figures to the
-wrong place a success. Here both stop the run. `begin` is the first call of every notebook, and
-`figures` is what `make figures` calls: Snakemake behind a lock that dies with its holder.
+papermill only warns of an unknown parameter; here it stops the run before any work. `begin` is the
+first call of every notebook. `figures` is what `make figures` calls: Snakemake behind a lock that
+is released when its holder dies.
 """
 
 import argparse
 import ast
 import contextlib
+import getpass
 import json
 import os
 import shutil
@@ -22,23 +23,14 @@ from typing import Any
 import psutil
 import yaml
 
+from dreamer.files import write_whole
+
 INJECTED = "# Parameters"  # the first line of the cell that papermill inserts
-OWNER = "DREAMER_PIPELINE"  # the variable by which the processes of one pipeline are known
+OWNER = "DREAMER_PIPELINE"  # environment variable that marks the processes of one pipeline
 
 
 class NotebookError(RuntimeError):
-    """A notebook that was refused, failed or did not keep its promise; the text says which."""
-
-
-def _assigned(source: str) -> set[str]:
-    """Names assigned at the top level of a cell's source; magics and broken cells hold none."""
-    try:
-        body = ast.parse(source).body
-    except SyntaxError:
-        return set()
-    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
-    targets += [node.target for node in body if isinstance(node, ast.AnnAssign)]
-    return {t.id for t in targets if isinstance(t, ast.Name)}
+    """A notebook that was refused or failed; the message names it, and the cell."""
 
 
 def _refuse(given: set[str], known: set[str], who: str) -> None:
@@ -49,29 +41,36 @@ def _refuse(given: set[str], known: set[str], who: str) -> None:
         )
 
 
-def known_parameters(notebook: str | Path) -> set[str]:
-    """Names that the notebook's one cell tagged `parameters` defines.
+def _papermill():
+    # This URL grammar takes seconds to compile, and no schema of a notebook needs it.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import papermill
 
-    Raises NotebookError when the file is missing, or has no such cell or more than one.
+    return papermill
+
+
+def known_parameters(notebook: str | Path) -> set[str]:
+    """Names that a notebook's cell tagged `parameters` defines.
+
+    Raises NotebookError where the file is missing, no notebook, or has no such cell.
     """
     path = Path(notebook)
     if not path.is_file():
         raise NotebookError(f"{path}: no such notebook")
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise NotebookError(f"{path}: is not a notebook") from error
-    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise NotebookError(f"{path}: {len(tagged)} cells are tagged `parameters`; one is needed")
-    return _assigned("".join(tagged[0]["source"]))
+        names = set(_papermill().inspect_notebook(str(path)))
+    except Exception as error:  # papermill and nbformat raise many kinds
+        raise NotebookError(f"{path}: is not a notebook ({error})") from error
+    if not names:
+        raise NotebookError(f"{path}: no cell is tagged `parameters`")
+    return names
 
 
 def preset_parameters(file: str | Path, notebook: str | Path) -> dict[str, Any]:
-    """The part of a preset (one YAML for the whole pipeline) that this notebook takes.
+    """The part of a preset (one YAML file for all notebooks) that this notebook takes.
 
-    A file that maps no names to values is a NotebookError, and so is a name that no notebook
-    beside this one takes: a slip of the pen.
+    Raises NotebookError where the file maps no names to values, or a name is a parameter of no
+    notebook beside this one.
     """
     if not Path(file).is_file():
         raise NotebookError(f"{file}: no such parameter file")
@@ -82,9 +81,9 @@ def preset_parameters(file: str | Path, notebook: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise NotebookError(f"{file}: must map parameter names to values")
     everywhere = {p: known_parameters(p) for p in sorted(Path(notebook).parent.glob("*.ipynb"))}
-    strangers = set(values) - set().union(*everywhere.values())
-    if strangers:
-        raise NotebookError(f"{file}: no notebook takes {', '.join(sorted(strangers))}")
+    unknown = set(values) - set().union(*everywhere.values())
+    if unknown:
+        raise NotebookError(f"{file}: no notebook takes {', '.join(sorted(unknown))}")
     mine = known_parameters(notebook)
     return {name: value for name, value in values.items() if name in mine}
 
@@ -93,37 +92,42 @@ def run_notebook(
     notebook: str | Path,
     parameters: Mapping[str, Any],
     executed: str | Path,
-    outputs: Iterable[str | Path] = (),
     cwd: str | Path = ".",
     timeout: float | None = None,
 ) -> None:
-    """Run one notebook; return only when it ended well and wrote every promised output.
+    """Run one notebook to its end.
 
-    `executed` gets the notebook with its results, also when a cell fails. `outputs` and relative
-    paths in `parameters` are relative to `cwd`; `timeout` is in seconds for each cell. Raises
-    NotebookError: unknown parameters before any work, a failing cell by number, or outputs that
-    are missing, empty or untouched by this run.
+    Args:
+        notebook: the notebook; its file is not changed.
+        parameters: values for its parameters; relative paths in them are relative to `cwd`.
+        executed: where the notebook with its results goes, also when a cell fails.
+        cwd: working directory of the kernel.
+        timeout: seconds for each cell.
+
+    Raises NotebookError: unknown parameters before any work, or a failing cell by its number.
     """
-    # Compiling this grammar of web addresses takes seconds, and no notebook's schema asks for it.
-    sys.modules.setdefault("rfc3987_syntax", None)
-    import papermill
+    papermill = _papermill()
     from traitlets.config import Config
 
     _refuse(set(parameters), known_parameters(notebook), str(notebook))
-    promised = [Path(cwd, output) for output in outputs]
-    before = {path: path.stat().st_mtime_ns for path in promised if path.exists()}
     Path(executed).parent.mkdir(parents=True, exist_ok=True)
+    # Sockets of its own: two kernels that start at once could take the same free port. The path of
+    # a socket is limited to some hundred characters.
+    short = None if len(tempfile.gettempdir()) < 70 else "/tmp"
     try:
-        # Sockets of its own: of two kernels that begin at once both would take the same free port.
-        # The path of a socket ends at some hundred characters.
-        short = None if len(tempfile.gettempdir()) < 70 else "/tmp"
         with tempfile.TemporaryDirectory(dir=short) as sockets:
             kernel = {"transport": "ipc", "ip": f"{sockets}/kernel"}
             papermill.execute_notebook(
-                str(notebook), str(executed), dict(parameters), cwd=str(cwd),
-                kernel_name="python3", progress_bar=False, execution_timeout=timeout,
-                start_timeout=300, config=Config(ConnectionFileMixin=kernel),
-            )  # fmt: skip
+                str(notebook),
+                str(executed),
+                dict(parameters),
+                cwd=str(cwd),
+                kernel_name="python3",
+                progress_bar=False,
+                execution_timeout=timeout,
+                start_timeout=300,
+                config=Config(ConnectionFileMixin=kernel),
+            )
     except papermill.PapermillExecutionError as error:
         raise NotebookError(
             f"{notebook}: cell {error.exec_count} failed: {error.ename}: {error.evalue}; "
@@ -131,23 +135,14 @@ def run_notebook(
         ) from None
     except TimeoutError as error:
         raise NotebookError(f"{notebook}: a cell took over {timeout} s; see {executed}") from error
-    for path in promised:
-        if not path.exists():
-            fault = "is missing"
-        elif not path.stat().st_size:
-            fault = "is empty"
-        elif path.stat().st_mtime_ns == before.get(path):
-            fault = "was not written by this run"
-        else:
-            continue
-        raise NotebookError(f"{notebook}: ran to its end, but {path} {fault}; see {executed}")
 
 
 def set_aside(run: str | Path, parameters: Mapping[str, Any]) -> None:
-    """Move a run folder that was begun with other parameters to `<run>.before`; one is kept.
+    """Move a run folder that was started with other parameters to `<run>.before`; one is kept.
 
-    A run goes on only with the configuration it was begun with, which stands beside it in
-    `<run>.json`; so a changed preset or code trains anew, and an interrupted training goes on.
+    A run resumes only with the configuration, code and data it was started with, which are in
+    `<run>.json` beside it. So a changed preset, code or scan trains anew, and an interrupted
+    training resumes.
     """
     run, wanted = Path(run), json.dumps(dict(parameters), sort_keys=True, indent=1)
     card, before = run.with_name(f"{run.name}.json"), run.with_name(f"{run.name}.before")
@@ -155,17 +150,27 @@ def set_aside(run: str | Path, parameters: Mapping[str, Any]) -> None:
         shutil.rmtree(before, ignore_errors=True)
         run.rename(before)
     run.parent.mkdir(parents=True, exist_ok=True)
-    part = card.with_suffix(".part")
-    part.write_text(wanted, encoding="utf-8")
-    part.replace(card)
+    write_whole(card, wanted.encode())
+
+
+def _assigned(source: str) -> set[str]:
+    """Names assigned at the top level of a cell; magics and broken cells have none."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return set()
+    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    return {t.id for t in targets if isinstance(t, ast.Name)}
 
 
 def begin() -> None:
     """First call of a notebook: work from the project's root, refuse unknown parameters.
 
-    In JupyterLab a kernel starts in notebooks/: the working directory becomes the root above it.
-    Where papermill put in parameters, names that no cell before assigns raise NotebookError.
+    In JupyterLab a kernel starts in notebooks/; the working directory becomes the root above it.
+    Raises NotebookError where papermill injected names that no earlier cell assigns.
     """
+    ensure_home()
     here = Path.cwd()
     if here.name == "notebooks" and (here.parent / "dreamer" / "pipeline.py").is_file():
         os.chdir(here.parent)
@@ -176,6 +181,29 @@ def begin() -> None:
         if source.startswith(INJECTED):
             _refuse(_assigned(source), known, "this notebook")
         known |= _assigned(source)
+
+
+def ensure_home() -> None:
+    """Set HOME and USER where a container has neither nor an entry for the user id.
+
+    Caches of several libraries need them; the home is then in the temporary folder.
+    """
+    with contextlib.suppress(RuntimeError):
+        if Path.home().is_dir():
+            return _ensure_user()
+    os.environ["HOME"] = str(Path(tempfile.gettempdir(), f"home-{os.getuid()}"))
+    Path(os.environ["HOME"]).mkdir(mode=0o700, exist_ok=True)
+    _ensure_user()
+
+
+def _ensure_user() -> None:
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"user{os.getuid()}"
+
+
+# The whole pipeline
 
 
 def _pipelines(root: Path) -> Iterator[tuple[psutil.Process, bool]]:
@@ -191,36 +219,57 @@ def _pipelines(root: Path) -> Iterator[tuple[psutil.Process, bool]]:
                 yield process, owned
 
 
-def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
-    """Run the project's Snakefile as the only one in this folder; return its exit status.
+def _end(processes: Iterable[psutil.Process]) -> None:
+    processes = list(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    for process in psutil.wait_procs(processes, timeout=10)[1]:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
-    The lock is the kernel's (flock), so it falls with its holder, and Snakemake's own lock, which
-    a SIGKILL leaves behind, is opened only when nothing lives. Steps that outlived a killed
-    pipeline are ended first: two trainings in one run folder would spoil each other.
+
+def _locked(lock) -> bool:
+    """Take the lock file `lock`, or return False where another process holds it.
+
+    The lock is the kernel's (flock): it is released when its holder dies. On file systems without
+    such locks, the process id in the file decides.
     """
     import fcntl
 
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        return not (holder.isdigit() and psutil.pid_exists(int(holder)))
+    return True
+
+
+def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
+    """Run the project's Snakefile as the only one in this folder; return its exit status.
+
+    Snakemake's own lock, which survives a SIGKILL, is opened only when no other run lives. Steps
+    that outlived a killed pipeline are ended first: two trainings in one run folder would corrupt
+    each other.
+    """
     root = Path(root).resolve()
     (root / ".snakemake").mkdir(exist_ok=True)
     with open(root / ".snakemake" / "figures.lock", "a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(lock):
             lock.seek(0)
-            print(f"make figures is already running here (process {lock.read().strip()}); "
-                  "this one stops, nothing was touched", file=sys.stderr)  # fmt: skip
+            holder = lock.read().strip()
+            print(f"make figures is already running here (process {holder}); stopped, nothing "
+                  "was changed", file=sys.stderr)  # fmt: skip
             return 1
         alive = list(_pipelines(root))
         if others := [process.pid for process, owned in alive if not owned]:
-            print(f"snakemake is running here (process {others[0]}); this one stops, "
-                  "nothing was touched", file=sys.stderr)  # fmt: skip
+            print(f"snakemake is running here (process {others[0]}); stopped, nothing was changed",
+                  file=sys.stderr)  # fmt: skip
             return 1
-        for process, _ in alive:
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-        for process in psutil.wait_procs([process for process, _ in alive], timeout=10)[1]:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        _end(process for process, _ in alive)
         snakemake = [sys.executable, "-m", "snakemake", "--cores", "all"]
         snakemake += ["--resources", "trainer=1", *arguments]
         environment = {**os.environ, OWNER: str(root)}
@@ -232,7 +281,7 @@ def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
         lock.write(str(child.pid))
         lock.flush()
 
-        def end(*_: object) -> None:  # Snakemake itself would wait for a training's end
+        def end(*_: object) -> None:  # Snakemake itself would wait for the end of a training
             child.terminate()
             for process, owned in _pipelines(root):
                 if owned and process.pid != child.pid:
@@ -245,7 +294,8 @@ def figures(arguments: Iterable[str] = (), root: str | Path = ".") -> int:
 
 
 def main() -> int:
-    """The command line: one notebook, or `figures` and options and settings for Snakemake."""
+    """The command line: one notebook, or `figures` with options and settings for Snakemake."""
+    ensure_home()
     if sys.argv[1:2] == ["figures"]:
         rest = sys.argv[2:]
         pairs = [word for word in rest if "=" in word and not word.startswith("-")]
@@ -254,18 +304,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dreamer.pipeline", description=__doc__)
     parser.add_argument("notebook")
     parser.add_argument("--executed", required=True, help="where the executed notebook goes")
-    parser.add_argument("--output", action="append", default=[], help="a promised file")
     parser.add_argument("-y", default="{}", metavar="YAML", help="parameters")
     parser.add_argument(
-        "--run", nargs=2, metavar=("FOLDER", "CODE"), help="set aside a run begun otherwise"
+        "--run",
+        nargs=2,
+        metavar=("FOLDER", "STATE"),
+        help="a run's folder, set aside where parameters or STATE (of code and data) changed",
     )
     parser.add_argument("--timeout", type=float, help="seconds for each cell")
     given = parser.parse_args()
     values = yaml.safe_load(given.y)
     try:
         if given.run:
-            set_aside(given.run[0], {**values, "code": given.run[1]})
-        run_notebook(given.notebook, values, given.executed, given.output, timeout=given.timeout)
+            set_aside(given.run[0], {**values, "state": given.run[1]})
+        run_notebook(given.notebook, values, given.executed, timeout=given.timeout)
     except (NotebookError, OSError) as error:  # a full disk, too
         print(error, file=sys.stderr)
         return 1

@@ -1,8 +1,7 @@
-"""A run's folder, read without training: its configuration, its split, its versions, its model.
+"""A run's folder: configuration, split, versions, model. Reading one does not load Lightning.
 
 It holds config.json, split.json, versions.json, metrics.csv (one row per epoch), model.safetensors
-(best on validation) and last.ckpt (to resume from); `dreamer.training` writes them. What only looks
-at runs imports this, and does not wait for Lightning.
+(best on validation) and last.ckpt (to resume from). `dreamer.training` writes it.
 """
 
 import importlib.metadata
@@ -19,7 +18,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
 
-from dreamer.files import write_whole  # noqa: F401
 from dreamer.data import Split, Transitions, split_by_blocks, split_by_patient
 from dreamer.model import CardiacDreamer, ModelConfig
 
@@ -31,15 +29,14 @@ VERSIONED = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy", "ro
 class TrainingConfig(BaseModel):
     """How a run is trained and split. Unknown fields and values out of range are refused.
 
-    `composed`, `imagined`, `feature`, `reconstruction`: the loss weights. `identity`: share of
-    training pairs that become "no motion"; `reverse`: share gone through backwards. `augment`,
-    `rotate` (degrees, drawn up to it) and `mixup` (its beta distribution's parameter) are the
-    strengths of `vary`, `turn` and mix-up, 0 is off. `batch_size`: of all processes together, a
-    step takes `accumulate` of them. `steps_per_epoch`: batches, 0 is one pass over the data.
-    `optimizer`: AdamW as published, or `Muon`. `restarts`: cycles of warm-restarts. `patience`:
-    epochs without a better validation loss before stopping, 0 never stops. `split`: patient, blocks
-    (one scan, in time) or auto (patient where there are three). `val`, `test`: patients, a number
-    or names. `precision`: auto is bf16 where the machine has it. `devices`: on each of `nodes`.
+    `composed`, `imagined`, `feature`, `reconstruction`: loss weights. `identity`: share of training
+    pairs that become "no motion"; `reverse`: share that is time-reversed. `batch_size`: of all
+    processes together; an optimiser step takes `accumulate` of them. `steps_per_epoch`: batches, 0
+    is one pass over the data. `optimizer`: AdamW as published, or Muon. The learning rate follows
+    one cycle. `patience`: epochs without a better validation loss before stopping, 0 never stops.
+    `split`: patient, blocks (of time, in one scan) or auto (patient where there are three). `val`,
+    `test`: patients, a number or names. `precision`: auto is bf16 where the machine has it.
+    `devices`: on each of `nodes`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,19 +49,14 @@ class TrainingConfig(BaseModel):
     clip: float = Field(1.0, gt=0)
     accumulate: int = Field(1, ge=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    schedule: Literal["one-cycle", "cosine", "warm-restarts", "constant"] = "one-cycle"
-    restarts: int = Field(4, ge=1)
     composed: float = Field(1.0, ge=0)
     imagined: float = Field(1.0, ge=0)
-    # More than this, and the backbone learns maps that are easy to foretell, not that tell a pose.
+    # A larger weight makes the backbone learn maps that are easy to predict.
     feature: float = Field(0.01, ge=0)
     reconstruction: float = Field(0.01, ge=0)
     beta: float = Field(1.0, gt=0)
     identity: float = Field(0.5, ge=0, le=1)
     reverse: float = Field(0.0, ge=0, le=1)
-    augment: float = Field(0.0, ge=0, le=1)
-    rotate: float = Field(0.0, ge=0, le=30)
-    mixup: float = Field(0.0, ge=0)
     patience: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     split: Literal["auto", "patient", "blocks"] = "auto"
@@ -86,10 +78,10 @@ class TrainingConfig(BaseModel):
 def configure(
     token_type: str, model: Mapping[str, Any], training: Mapping[str, Any], seed: int | None = None
 ) -> tuple[ModelConfig, TrainingConfig]:
-    """Both configurations from a notebook's parameters, flat ones and sections.
+    """Both configurations from the parameters of a notebook, flat ones and sections.
 
-    An empty `token_type` and a `seed` of None leave the word to the sections. Raises ValueError
-    where a flat parameter and its section disagree, or a field is unknown or out of range.
+    An empty `token_type` and a `seed` of None defer to the sections. Raises ValueError where a flat
+    parameter and its section disagree, or a field is unknown or out of range.
     """
     model, training = dict(model), dict(training)
     flat = (("token_type", token_type or None, model), ("seed", seed, training))
@@ -103,7 +95,7 @@ def configure(
 
 
 def make_split(data: Transitions, config: TrainingConfig) -> Split:
-    """The split that `config` asks for; with `auto`, by patient where there are at least three."""
+    """The split of a configuration; with `auto`, by patient where there are at least three."""
     by_patient = config.split == "patient"
     if config.split == "auto":
         by_patient = len(set(data.patient)) >= 3
@@ -123,7 +115,7 @@ def has_bf16() -> bool:
 
 
 def versions() -> dict[str, str]:
-    """What a measurement was made with: packages, Python, machine, device, commit, date."""
+    """Packages, Python, machine, device, commit and date of a measurement."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
@@ -142,13 +134,13 @@ def load_config(folder: str | Path) -> tuple[ModelConfig, TrainingConfig]:
     """The configurations of a run. Raises FileNotFoundError where there is none."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not there; is {folder} a run's folder?")
+        raise FileNotFoundError(f"{file}: missing; is {folder} a run's folder?")
     config = json.loads(file.read_text())
     return ModelConfig(**config["model"]), TrainingConfig(**config["training"])
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacDreamer:
-    """The model of a run, in evaluation mode, with its best weights; its token type is its own.
+    """The model of a run, in evaluation mode, with its best weights.
 
     Raises FileNotFoundError where config.json or model.safetensors is missing, ValueError where
     the weights do not fit the configuration.
@@ -156,7 +148,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacD
     config, _ = load_config(folder)
     file = Path(folder) / "model.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not there; has the run finished its first epoch?")
+        raise FileNotFoundError(f"{file}: missing; has the run finished its first epoch?")
     model = CardiacDreamer(config.model_copy(update={"weights": "none"}))
     try:
         model.load_state_dict(load_file(file))

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny tensors: a second thread only makes them wait, and much so on a busy machine."""
+    """Tensors are tiny: a second thread costs more than it gains."""
     torch.set_num_threads(1)
 
 
@@ -45,7 +45,7 @@ def page(tmp_path_factory):
     import matplotlib.pyplot as plt
 
     from dreamer.plots import save
-    from dreamer.report import write_page
+    from dreamer.page import write_page
 
     folder = tmp_path_factory.mktemp("page")
     fig, axis = plt.subplots(figsize=(8, 3))

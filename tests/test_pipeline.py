@@ -1,14 +1,16 @@
-"""The runner: what it refuses before work, what it finds after, and notebooks in JupyterLab."""
+"""One notebook through papermill: what is refused before work, what is kept after a failure."""
 
 import json
-import re
+import os
 from pathlib import Path
 
 import pytest
 
 from dreamer.pipeline import (
     NotebookError,
+    _locked,
     begin,
+    ensure_home,
     known_parameters,
     preset_parameters,
     run_notebook,
@@ -37,33 +39,15 @@ def test_missing_notebook_and_missing_cell_are_named(tmp_path, make_notebook):
     text = json.loads(book.read_text())
     text["cells"][0]["metadata"] = {}
     book.write_text(json.dumps(text))
-    with pytest.raises(NotebookError, match="0 cells are tagged"):
+    with pytest.raises(NotebookError, match="no cell is tagged"):
         known_parameters(book)
 
 
-def test_outputs_are_promised_and_found(tmp_path, make_notebook, monkeypatch):
-    book = make_notebook(
-        tmp_path / "a.ipynb",
-        "text = ''\nname = 'table.csv'",
-        BEGIN,
-        "open(name, 'w').write(text)",
-    )
+def test_a_notebook_runs_in_its_folder_and_is_kept(tmp_path, make_notebook):
+    book = make_notebook(tmp_path / "a.ipynb", "text = ''", BEGIN, "open('t.csv', 'w').write(text)")
     executed = tmp_path / "out" / "a.ipynb"
-    run_notebook(book, {"text": "1"}, executed, ["table.csv"], cwd=tmp_path)
-    assert (tmp_path / "table.csv").read_text() == "1" and executed.stat().st_size
-    # The same cells without a kernel: what is looked at afterwards are the files alone.
-    monkeypatch.setattr(
-        "papermill.execute_notebook",
-        lambda book, executed, given, cwd, **_: Path(cwd, given["name"]).write_text(given["text"]),
-    )
-    for given, promised, told in (
-        ({"name": "table.csv", "text": ""}, "table.csv", "table.csv is empty"),
-        ({"name": "b.csv", "text": "1"}, "other.csv", "other.csv is missing"),
-        ({"name": "b.csv", "text": "1"}, "table.csv", "table.csv was not written by this run"),
-    ):
-        with pytest.raises(NotebookError, match=re.escape(told)):
-            run_notebook(book, given, executed, [promised], cwd=tmp_path)
-        (tmp_path / "table.csv").write_text("of an earlier run")
+    run_notebook(book, {"text": "1"}, executed, cwd=tmp_path)
+    assert (tmp_path / "t.csv").read_text() == "1" and executed.stat().st_size
 
 
 def test_failing_cell_is_named_and_the_notebook_kept(tmp_path, make_notebook, monkeypatch):
@@ -71,8 +55,8 @@ def test_failing_cell_is_named_and_the_notebook_kept(tmp_path, make_notebook, mo
     far.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(far))
     book = make_notebook(tmp_path / "a.ipynb", "x = 1", "print('reached')", "1 / 0")
-    told = r"cell 3 failed: ZeroDivisionError: division by zero; .*out\.ipynb"
-    with pytest.raises(NotebookError, match=told):
+    message = r"cell 3 failed: ZeroDivisionError: division by zero; .*out\.ipynb"
+    with pytest.raises(NotebookError, match=message):
         run_notebook(book, {}, tmp_path / "out.ipynb", cwd=tmp_path)
     assert "reached" in (tmp_path / "out.ipynb").read_text()
 
@@ -116,12 +100,12 @@ def test_presets_are_shared_out_and_slips_refused(tmp_path, make_notebook):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("a: [1", "is not YAML"), ("- 1", "must map"), ("1: 2", "must map")]
+    ("text", "message"), [("a: [1", "is not YAML"), ("- 1", "must map"), ("1: 2", "must map")]
 )
-def test_parameter_files_are_checked(tmp_path, make_notebook, text, told):
+def test_parameter_files_are_checked(tmp_path, make_notebook, text, message):
     book = make_notebook(tmp_path / "01_a.ipynb", "seed = 0")
     (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(NotebookError, match=told):
+    with pytest.raises(NotebookError, match=message):
         preset_parameters(tmp_path / "p.yaml", book)
     with pytest.raises(NotebookError, match="no such parameter file"):
         preset_parameters(tmp_path / "q.yaml", book)
@@ -136,3 +120,35 @@ def test_a_run_with_other_parameters_is_set_aside(tmp_path):
     assert (run / "weights").read_text() == "8"
     set_aside(run, {"d_model": 16})
     assert not run.exists() and (run.with_name("patch-seed0.before") / "weights").exists()
+
+
+def test_a_container_without_home_and_user_gets_both(tmp_path, monkeypatch):
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ensure_home()
+    assert Path.home().is_dir() and Path.home().parent == tmp_path
+    assert os.environ["USER"] == f"user{os.getuid()}"
+    monkeypatch.setenv("HOME", str(tmp_path / "mine"))  # set, but missing
+    ensure_home()
+    assert Path.home().is_dir()
+
+
+def test_without_kernel_locks_the_process_id_decides(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with open(tmp_path / "figures.lock", "a+") as lock:
+        assert _locked(lock)
+        lock.write(str(os.getpid()))  # a live process
+        lock.flush()
+        assert not _locked(lock)
+        lock.truncate(0)
+        lock.write("999999999")  # no such process
+        lock.flush()
+        assert _locked(lock)

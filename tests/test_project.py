@@ -1,22 +1,25 @@
-"""The tree itself: environments agree, notebooks are thin, imports go one way."""
+"""The tree itself: environments agree, imports go one way."""
 
 import ast
 import re
 import tomllib
 from importlib import metadata
+from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-# Each file imports only from those before it; an entry may be a file or a package.
-ORDER = [
-    "poses", "phantom", "data", "tokens", "model", "runs", "training", "evaluation", "navigation",
-    "arrivals", "costs", "fast", "cold", "benchmark", "ablations", "attribution", "truth",
-    "faithfulness", "figures", "explore", "report", "pipeline",
-]  # fmt: skip
+# Each file imports only from those before it; `phantom` is a package.
+CORE = (
+    "files poses phantom data importers tokens options model runs training attribution plots "
+    "pipeline page"
+).split()
+STUDY = (
+    "stats results accuracy cost ground_truth faithfulness closed_loop explore ablation"
+).split()
+ORDER = [*CORE, *(f"study.{name}" for name in STUDY)]
 CONDA = {
     "torch": "pytorch", "matplotlib": "matplotlib-base", "snakemake": "snakemake-minimal",
     "playwright": "playwright-python",
@@ -74,64 +77,38 @@ def test_torch_and_torchvision_are_one_pair(pinned):
     assert torch in needed.specifier
 
 
+def imported(file):
+    """Names of the project's modules that a file imports: `data`, `study.stats`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        words = []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            words = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            words = [alias.name for alias in node.names]
+        for word in words:
+            parts = word.split(".")[1:] if word.startswith("dreamer.") else []
+            yield ".".join(parts[:2] if parts[:1] == ["study"] else parts[:1])
+
+
 def test_imports_go_one_way(root):
     for position, name in enumerate(ORDER):
-        files = [root / "dreamer" / f"{name}.py", *(root / "dreamer" / name).rglob("*.py")]
-        for file in filter(lambda f: f.exists(), files):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom):
-                    base = "dreamer." if node.level else ""
-                    inside = node.level == 1 and file.parent.name == name
-                    words = [] if inside else [f"{base}{node.module or ''}".strip(".")]
-                    if words == ["dreamer"]:
-                        words = [f"dreamer.{alias.name}" for alias in node.names]
-                elif isinstance(node, ast.Import):
-                    words = [alias.name for alias in node.names]
-                else:
-                    continue
-                for word in words:
-                    part = word.split(".")[1] if word.startswith("dreamer.") else None
-                    if part in ORDER:
-                        allowed = ORDER[: position + 1]
-                        assert part in allowed, f"{file.name} imports {part}"
+        place = root / "dreamer" / Path(*name.split("."))
+        for file in [place.with_suffix(".py"), *place.rglob("*.py")]:
+            for word in set(imported(file)) & set(ORDER) if file.exists() else ():
+                assert word in ORDER[: position + 1], f"{name} imports {word}"
 
 
 def test_every_module_has_its_place(root):
-    found = {p.stem for p in (root / "dreamer").iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert found - {"__init__", "__pycache__"} <= set(ORDER)
-
-
-def notebooks():
-    from pathlib import Path
-
-    return sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
-
-
-@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.name)
-def test_notebook_is_thin(path):
-    cells = nbformat.read(path, as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    assert not tagged[0].source.startswith("# Parameters"), "papermill's cell begins so"
-    for node in ast.parse(tagged[0].source).body:
-        ast.literal_eval(node.value)
-        annotated = isinstance(node, ast.AnnAssign)
-        assert annotated or node.value.value is None, "papermill reads types off annotations"
-    assert all(line.count("=") <= 1 for line in tagged[0].source.splitlines())
-    for cell in code:
-        assert not cell.outputs and cell.execution_count is None
-        assert len(cell.source.splitlines()) <= 20
-        assert not re.search(r"^\s*[!%]", cell.source, re.M), "no shell lines, no magics"
-        kinds = {type(node) for node in ast.walk(ast.parse(cell.source))}
-        assert not kinds & {ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef}
-    assert "output" in tagged[0].source
-    assert any("begin()" in cell.source for cell in code)
+    folder = root / "dreamer"
+    found = {p.stem for p in folder.iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert found - {"__init__", "__pycache__", "study"} <= set(CORE)
+    found = {p.stem for p in (folder / "study").glob("*.py")}
+    assert found - {"__init__", "__main__"} <= set(STUDY)
 
 
 def test_presets_hold_only_parameters_of_notebooks(root):
     from dreamer.pipeline import preset_parameters
 
     for preset in sorted((root / "notebooks" / "parameters").glob("*.yaml")):
-        for notebook in notebooks():
+        for notebook in sorted((root / "notebooks").glob("*.ipynb")):
             preset_parameters(preset, notebook)

@@ -1,4 +1,4 @@
-"""The pipeline on made notebooks: order, reruns, promises, locks, faults."""
+"""The pipeline on tiny notebooks: order, reruns, promises, locks, faults."""
 
 import ast
 import json
@@ -45,8 +45,10 @@ OUT = Path("data", "runs", "smoke-scans")
 def finished(root, tmp_path_factory, make_notebook):
     """A project folder with the real Snakefile, tiny notebooks and one scan; `make figures` ran."""
     folder = tmp_path_factory.mktemp("finished")
-    # The real one but for its promises: the tiny notebooks draw no figures.
-    rules = re.sub(r'^    "0\d_\w+": \(".*\),\n', "", (root / "Snakefile").read_text(), flags=re.M)
+    # The real one except for its promises: the tiny notebooks draw no figures.
+    rules = (root / "Snakefile").read_text()
+    rules = re.sub(r"^PROMISED = \{.*?^\}$", 'PROMISED = {"07_rows": ["07_rows.csv"]}', rules,
+                   flags=re.M | re.S)  # fmt: skip
     (folder / "Snakefile").write_text(rules)
     books = folder / "notebooks"
     make_notebook(
@@ -121,7 +123,7 @@ def test_a_parameter_reruns_exactly_what_depends_on_it(project, text, rerun):
     assert set(jobs(changed)) - {"all"} == rerun
 
 
-def test_stopped_after_a_new_training_what_stands_on_it_runs_again(project):
+def test_stopped_after_a_new_training_what_depends_on_it_runs_again(project):
     preset(project, "model: {epochs: 3}")
     assert make_figures(project, "--until", "train").returncode == 0
     again = make_figures(project, "--dry-run")
@@ -129,23 +131,23 @@ def test_stopped_after_a_new_training_what_stands_on_it_runs_again(project):
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [("sede=1", "config sede is unknown"), ("preset=none", "config preset=none is unknown"),
      ("folds=5", "folds=5 needs data=... with as many scans"), ("seeds=0", "seeds=0"),
      ("plane=plax", "that of the scans"), ("plane=a5c", "planes are a4c, plax")],
 )  # fmt: skip
-def test_settings_are_checked(finished, setting, told):
+def test_settings_are_checked(finished, setting, message):
     refused = make_figures(finished, setting)
-    assert refused.returncode and told in refused.stderr
+    assert refused.returncode and message in refused.stderr
 
 
 def test_another_plane_has_its_own_data_and_runs(finished):
     command = [word for word in COMMAND if not word.startswith("data=")]
     command += ["plane=plax", "starts=200", "--dry-run", "--printshellcmds"]
-    told = subprocess.run(command, cwd=finished, capture_output=True, text=True, timeout=580)
-    assert "data/phantom/8x6-64px-plax.done" in told.stdout + told.stderr
-    assert "data/runs/smoke-plax/patch-seed0" in told.stdout + told.stderr
-    assert '"starts"' not in told.stdout + told.stderr  # no notebook here takes it
+    result = subprocess.run(command, cwd=finished, capture_output=True, text=True, timeout=580)
+    assert "data/phantom/8x6-64px-plax.done" in result.stdout + result.stderr
+    assert "data/runs/smoke-plax/patch-seed0" in result.stdout + result.stderr
+    assert '"starts"' not in result.stdout + result.stderr  # no notebook here takes it
     planes = re.search(r"^PLANES = (.*)$", (finished / "Snakefile").read_text(), re.M)[1]
     assert ast.literal_eval(planes) == tuple(TARGETS)
 
@@ -153,17 +155,44 @@ def test_another_plane_has_its_own_data_and_runs(finished):
 def test_own_data_sizes_seeds_and_folds(project):
     for name in ("two", "three"):
         shutil.copytree(project / "scans" / "one", project / "scans" / name)
-    told = make_figures(project, "seeds=2", "folds=3", "--dry-run", "--printshellcmds")
-    text = told.stdout + told.stderr
-    assert jobs(told).count("train") == 2 * 3 * 2  # variants, folds, seeds
+    result = make_figures(project, "seeds=2", "folds=3", "--dry-run", "--printshellcmds")
+    text = result.stdout + result.stderr
+    assert jobs(result).count("train") == 3 * 3 * 2  # variants, folds, seeds
     for fold, (test, val) in enumerate((("one", "three"), ("three", "two"), ("two", "one"))):
         assert f"patch-fold{fold}-seed1" in text
         assert re.search(rf'"test": \["{test}"\], "val": \["{val}"\]', text), fold
-    # People whom no run has seen: any notebook but the comparison reads the runs of one fold.
+    # Unseen patients: every notebook except the comparison reads the runs of one fold.
     (command,) = [
         line for line in text.splitlines() if "notebooks/07_rows.ipynb --executed" in line
     ]
     assert command.count("-fold0-seed") == 2 * 2 and "-fold1-" not in command
+
+
+def test_a_missing_promise_fails_and_a_stale_one_does_not_count(project, make_notebook):
+    assert (project / OUT / "figures" / "07_rows.csv").exists()  # of the earlier run
+    make_notebook(project / "notebooks" / "07_rows.ipynb", "runs = []\noutput = ''", "1")
+    result = make_figures(project)
+    text = result.stdout + result.stderr
+    assert result.returncode and "07_rows.csv" in text and "Missing" in text
+
+
+def test_an_added_scan_and_a_changed_image_train_anew(project):
+    shutil.copytree(project / "scans" / "one", project / "scans" / "two")
+    assert "train" in jobs(make_figures(project, "--dry-run"))
+    shutil.rmtree(project / "scans" / "two")
+    assert not jobs(make_figures(project, "--dry-run"))
+    (project / "scans" / "one" / "frame.png").write_bytes(b"another image")
+    again = make_figures(project)
+    assert again.returncode == 0 and jobs(again).count("train") == 3
+    assert (project / OUT / "patch-seed0.before").is_dir()
+
+
+def test_folders_with_spaces_and_other_letters(project):
+    (project / "scans").rename(project / "scans à moi")
+    command = [*COMMAND[:-1], "data=scans à moi"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (project / "data" / "runs" / "smoke-scans à moi" / "figures" / "index.html").exists()
 
 
 def test_failing_step_is_named_and_kept(project, make_notebook):
@@ -225,7 +254,7 @@ def owner(process):
 
 
 def start(project):
-    return subprocess.Popen(  # a background shell's children ignore SIGINT unless told otherwise
+    return subprocess.Popen(  # a background shell's children ignore SIGINT unless result otherwise
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), args=
         COMMAND, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -1,0 +1,94 @@
+"""Every notebook: its structure, its method in the cells, and one run with smoke.yaml."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+# Calls that show the method, by notebook.
+METHOD = {
+    "02": ["fit(", "predict("],
+    "03": ["Timer(", "FlopCounterMode("],
+    "04": ["stats.", "sns."],
+    "05": ["b c h w -> b (h w) c", "b c h w -> b c (h w)", "sns."],
+    "06": ["captum.attr", "IntegratedGradients(", "sns."],
+    "07": ["stats.", "sns."],
+    "08": ["env.reset(", "env.step("],
+}
+
+
+def code_of(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_structure(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith(f"# {path.stem[:2]} ")
+    code = code_of(path)
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert not tagged[0].source.startswith("# Parameters"), "papermill's cell begins so"
+    for node in ast.parse(tagged[0].source).body:
+        ast.literal_eval(node.value)
+        annotated = isinstance(node, ast.AnnAssign)
+        assert annotated or node.value.value is None, "papermill reads types from annotations"
+    assert any("begin()" in cell.source for cell in code)
+    for cell in code:
+        assert not cell.outputs and cell.execution_count is None
+        assert len(cell.source.splitlines()) <= 25, cell.source
+        assert not re.search(r"^\s*[!%]", cell.source, re.M), "no shell lines, no magics"
+
+
+@pytest.mark.parametrize("number", METHOD)
+def test_the_method_stands_in_the_cells(number):
+    [path] = [path for path in NOTEBOOKS if path.stem.startswith(number)]
+    text = "\n".join(cell.source for cell in code_of(path))
+    assert [call for call in METHOD[number] if call not in text] == []
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A copy of the project in which `make figures` with the smoke preset ran once."""
+    project = tmp_path_factory.mktemp("smoke")
+    for name in ("notebooks", "Snakefile", "dreamer"):
+        (project / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "dreamer.pipeline", "figures", "preset=smoke", "ablations=1"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return project / "data" / "runs" / "smoke"
+
+
+@pytest.mark.slow
+def test_every_notebook_runs(smoke):
+    ran = {file.stem[:2] for file in (smoke / "notebooks").glob("*.ipynb")}
+    assert ran == {path.stem[:2] for path in NOTEBOOKS} - {"00", "09"}
+    assert (smoke / "figures" / "index.html").stat().st_size
+
+
+@pytest.mark.slow
+def test_every_figure_has_its_texts_and_formats(smoke):
+    figures = sorted((smoke / "figures").glob("[0-9][0-9]_*.png"))
+    assert len(figures) > 15
+    for figure in figures:
+        notes = json.loads(figure.with_suffix(".json").read_text())
+        assert notes["caption"] and notes["alt"] and notes["n"], figure
+        assert figure.with_suffix(".svg").exists() and figure.with_suffix(".pdf").exists()
+
+
+@pytest.mark.slow
+def test_one_seed_decides_nothing_about_the_variants(smoke):
+    import pandas as pd
+
+    verdicts = [pd.read_csv(file) for file in (smoke / "figures").glob("*_verdicts.csv")]
+    words = {"confirmed", "contradicted", "equivalent", "inconclusive", "untested"}
+    assert verdicts and all(set(table["verdict"]) <= words for table in verdicts)
+    compared = pd.read_csv(smoke / "figures" / "04_verdicts.csv")
+    assert set(compared["verdict"]) == {"untested"}
