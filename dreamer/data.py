@@ -29,6 +29,7 @@ from dreamer.records import (
     count,
     find_patients,
     find_scans,
+    load_reading,
     natural,
     patients_of,
     read_scan,
@@ -91,7 +92,8 @@ class Transitions(Dataset):
         image_size: pixels that frames are brought to.
         patients: scan -> patient; without it as `find_patients`.
         cache: folder for decoded frames, see `dreamer.images.cache_folder`.
-        reading: fields of `dreamer.images.Reading`, where the folder differs from the layout.
+        reading: fields of `dreamer.images.Reading`, where the folder differs from the layout, over
+            those of <folder>/reading.yaml.
 
     Raises DataError with every problem found, FileNotFoundError without a folder, OSError where
     the disk is too full for the decoded frames.
@@ -106,10 +108,10 @@ class Transitions(Dataset):
         reading: Reading | Mapping[str, Any] | None = None,
     ):
         self.folder = Path(folder)
-        self.reading = reading if isinstance(reading, Reading) else Reading(**(reading or {}))
+        self.reading, stated = load_reading(self.folder, reading)
         scans = find_scans(self.folder)
         problems: list[str] = []
-        owner = patients_of(list(scans), patients, problems)
+        owner = patients_of(list(scans), patients or stated, problems)
         read = [read_scan(n, file, self.reading, problems) for n, file in scans.items()]
         read = [scan for scan in read if scan is not None]
         # First frames before second ones, of which most are the former again.

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dreamer import poses
 from dreamer.images import Grey, blacken, find_fan, read_image, summary, to_grey, to_square
-from dreamer.records import ANGLES, LENGTHS, RECORDS, count, doubts, natural
+from dreamer.records import RECORDS, count, doubts, natural, parse_units
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +101,10 @@ def _library(name: str):
 # Clips
 
 
-def read_clip(source: str | Path, bits: int = 0, times: str = "", unit: str = "ms") -> Clip:
+def read_clip(source: str | Path, bits: int = 0, times: str = "", time_unit: str = "ms") -> Clip:
     """Frames of a folder of images or DICOM files, a video, a DICOM cine loop or a TIFF stack.
 
-    `bits` in use of 16-bit images. `times="name"`: file names are time stamps in `unit`; otherwise
+    `bits` in use of 16-bit images. `times="name"`: file names are time stamps in `time_unit`; else
     times are those of the video or DICOM file, if any. Raises ValueError for other files.
     """
     source = Path(source)
@@ -124,7 +124,7 @@ def read_clip(source: str | Path, bits: int = 0, times: str = "", unit: str = "m
         stamps = [re.sub(r"[^\d.]", "", name) for name in clip.names]
         if not all(re.fullmatch(r"\d+(\.\d+)?", stamp) for stamp in stamps):
             raise ValueError(f"images: {clip.names[0]} holds no time stamp; leave times empty")
-        seconds = np.array(stamps, float) * SECONDS[unit]
+        seconds = np.array(stamps, float) * SECONDS[time_unit]
         order = np.argsort(seconds, kind="stable")
         names = [clip.names[i] for i in order]
         return Clip(names, seconds[order], lambda i: clip.read(order[i]))
@@ -228,10 +228,9 @@ def read_track(
     position: Sequence[str | int],
     rotation: Sequence[str | int],
     kind: str,
-    length: str = "mm",
-    angle: str = "deg",
+    units: str = "mm deg",
     time: str | int | None = None,
-    unit: str = "ms",
+    time_unit: str = "ms",
     status: str | int | None = None,
     ok: Sequence[str | int] = (0, "OK"),
     frame: str | int | None = None,
@@ -245,42 +244,42 @@ def read_track(
         kind: "xyzw" or "wxyz" (quaternion), "rotvec", "matrix" (12 or 16 columns, row by row), or
             the order of Euler angles as scipy writes it: "xyz" about fixed axes, "XYZ" about the
             body's own.
-        length, angle: units, mm, cm or m, and deg or rad.
-        time, unit: column of time stamps, and s, ms, us or ns.
+        units: of positions (mm, cm, m) and angles (deg, rad).
+        time, time_unit: column of time stamps, and s, ms, us or ns.
         status, ok: column of the tracker's status, and its values for valid samples.
         frame: column of the frame's name.
 
-    Samples with other status, missing or absurd numbers, or without a rotation are not valid.
-    Raises ValueError for unknown columns and matrices that are no rotations.
+    Names of columns may be empty where there are none. Samples with another status, missing or
+    absurd numbers, or without a rotation are not valid. Raises ValueError for unknown columns and
+    matrices that are no rigid motions.
     """
+    time, status, frame = (None if column == "" else column for column in (time, status, frame))
     table = _read_table(Path(file), [*position, *rotation, time, status, frame])
 
     def numbers(columns: Sequence[str | int]) -> NDArray[np.float64]:
         picked = [pd.to_numeric(_column(table, c), errors="coerce") for c in columns]
         return np.stack(picked, 1).astype(float) if picked else np.zeros((len(table), 0))
 
-    for name, value, known in (("length", length, LENGTHS), ("angle", angle, ANGLES)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; use {' or '.join(known)}")
     values = numbers([*position, *rotation])
     valid = np.isfinite(values).all(1)
     if status is not None:
-        state = _column(table, status).str.strip()
-        good = {str(value) for value in ok}
-        as_number = pd.to_numeric(state, errors="coerce")
-        good_numbers = [float(v) for v in good if re.fullmatch(r"-?\d+(\.\d+)?", v)]
-        valid &= (state.isin(good) | as_number.isin(good_numbers)).to_numpy()
-    pose, rigid = _matrices(
-        values[:, : len(position)], values[:, len(position) :], kind, valid, angle
-    )
-    pose[:, :3, 3] *= LENGTHS[length]
-    valid &= rigid & (np.abs(pose[:, :3, 3]).max(1) < FARTHEST)
+        valid &= _is_ok(_column(table, status), ok)
+    split = len(position)
+    pose, valid = _matrices(values[:, :split], values[:, split:], kind, valid, units)
     return Track(
         pose,
         valid,
-        None if time is None else numbers([time])[:, 0] * SECONDS[unit],
+        None if time is None else numbers([time])[:, 0] * SECONDS[time_unit],
         None if frame is None else [Path(n.strip()).stem for n in _column(table, frame)],
     )
+
+
+def _is_ok(status: pd.Series, ok: Sequence[str | int]) -> NDArray[np.bool_]:
+    """Which samples have a status among `ok`, as text or as a number."""
+    wanted = pd.Series([str(value) for value in ok])
+    as_numbers = pd.to_numeric(wanted, errors="coerce").dropna()
+    found = pd.to_numeric(status, errors="coerce").isin(as_numbers)
+    return (status.str.strip().isin(wanted) | found).to_numpy()
 
 
 def _read_table(file: Path, columns: Sequence[str | int | None]) -> pd.DataFrame:
@@ -315,9 +314,14 @@ def _column(table: pd.DataFrame, name: str | int) -> pd.Series:
 
 
 def _matrices(
-    position: NDArray, rotation: NDArray, kind: str, valid: NDArray[np.bool_], angle: str
+    position: NDArray,
+    rotation: NDArray,
+    kind: str,
+    valid: NDArray[np.bool_],
+    units: str = "mm deg",
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Poses [K, 4, 4] in the log's length, the identity where not valid; which have a rotation."""
+    """Poses [K, 4, 4] in mm, the identity where there is none; which samples are valid."""
+    length, angle = parse_units(units)
     euler = re.fullmatch("[xyz]{3}|[XYZ]{3}", kind) is not None
     wanted = {"xyzw": (4,), "wxyz": (4,), "rotvec": (3,), "matrix": (12, 16)}
     wanted = (3,) if euler else wanted.get(kind, ())
@@ -342,12 +346,12 @@ def _matrices(
         check_rigid(rows[rigid], "tracking")
         turn, position = Rotation.from_matrix(rows[rigid, :3, :3]), rows[:, :3, 3]
     elif kind == "rotvec":
-        turn = Rotation.from_rotvec(rotation[rigid] * ANGLES[angle], degrees=True)
+        turn = Rotation.from_rotvec(rotation[rigid] * angle, degrees=True)
     else:
-        turn = Rotation.from_euler(kind, rotation[rigid] * ANGLES[angle], degrees=True)
+        turn = Rotation.from_euler(kind, rotation[rigid] * angle, degrees=True)
     pose[rigid, :3, :3] = turn.as_matrix()
-    pose[rigid, :3, 3] = position[rigid]
-    return pose, rigid
+    pose[rigid, :3, 3] = position[rigid] * length
+    return pose, rigid & (np.abs(pose[:, :3, 3]).max(1) < FARTHEST)
 
 
 def check_rigid(matrices: NDArray, where: str) -> None:
@@ -441,8 +445,7 @@ def _tracked(frames: list[dict[str, str]], name: str) -> tuple[NDArray, NDArray[
     values = [np.array(text.split(), float) if text else np.full(16, np.nan) for text in texts]
     rows = np.stack(values)
     valid = np.array(status) & np.isfinite(rows).all(1)
-    pose, rigid = _matrices(rows[:, :0], rows, "matrix", valid, "deg")
-    return pose, valid & rigid & (np.abs(pose[:, :3, 3]).max(1) < FARTHEST)
+    return _matrices(rows[:, :0], rows, "matrix", valid)
 
 
 def read_hdf5(
@@ -457,12 +460,10 @@ def read_hdf5(
     if images.ndim < 3 or rows.shape != (len(images), 4, 4):
         raise ValueError(f"{file}: frames {images.shape} and poses {rows.shape} do not correspond")
     valid = np.isfinite(rows).all((1, 2))
-    pose, rigid = _matrices(rows[:, 0, :0], rows.reshape(-1, 16), "matrix", valid, "deg")
+    pose, valid = _matrices(rows[:, 0, :0], rows.reshape(-1, 16), "matrix", valid)
     names = _numbered(len(images))
-    near = np.abs(pose[:, :3, 3]).max(1) < FARTHEST
-    return Clip(names, None, lambda i: to_grey(images[i], bits)), Track(
-        pose, valid & rigid & near, None, names
-    )
+    clip = Clip(names, None, lambda i: to_grey(images[i], bits))
+    return clip, Track(pose, valid, None, names)
 
 
 # From tracker coordinates to transitions
@@ -626,7 +627,7 @@ def write_scan(
     if folder.exists() and not (folder / "import.json").is_file():
         raise FileExistsError(f"{folder} exists and is no import; choose another name")
     if (found := doubts(pose)) and not force:
-        raise ValueError("; ".join(found) + "; correct length and angle, or force the import")
+        raise ValueError("; ".join(found) + "; correct `units`, or force the import")
     pairs, names, fan = pair(sweep, gaps), sweep.names, None
     if square == "fan":
         fan = fan_of(sweep, mask)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -78,13 +79,38 @@ def find_scans(folder: str | Path) -> dict[str, Path]:
 
 
 def find_patients(folder: str | Path, patients: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The patient of each scan: by `patients`, else the sub-folder that holds the scan, else the
-    scan itself. Raises DataError where `patients` lacks a scan."""
+    """The patient of each scan: by `patients` or the folder's reading.yaml, else the sub-folder
+    that holds the scan, else the scan itself. Raises DataError where the mapping lacks a scan."""
+    _, stated = load_reading(folder)
     scans, problems = find_scans(folder), []
-    found = patients_of(list(scans), patients, problems)
+    found = patients_of(list(scans), patients or stated, problems)
     if problems:
         raise DataError(Path(folder), problems)
     return found
+
+
+def load_reading(
+    folder: str | Path, reading: Reading | Mapping[str, Any] | None = None
+) -> tuple[Reading, dict | None]:
+    """How a folder is read, and its patients: `reading`, over what <folder>/reading.yaml states.
+
+    Links are followed on request of the reader alone (DREAMER_FOLLOW_LINKS=1, or a field of
+    `reading`), not of the folder. Raises ValueError for unknown fields.
+    """
+    file, stated = Path(folder, "reading.yaml"), {}
+    if file.is_file():
+        try:
+            stated = yaml.safe_load(file.read_text(encoding="utf-8-sig")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file}: not valid YAML ({error})") from error
+        if not isinstance(stated, dict) or "follow_links" in stated:
+            raise ValueError(f"{file}: expected fields of dreamer.images.Reading but follow_links")
+    patients = stated.pop("patients", None)
+    if isinstance(reading, Reading):
+        reading = reading.model_dump(exclude_unset=True)
+    if os.environ.get("DREAMER_FOLLOW_LINKS") == "1":
+        stated["follow_links"] = True
+    return Reading(**(stated | dict(reading or {}))), patients
 
 
 def as_text(name: Any) -> str:

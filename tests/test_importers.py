@@ -4,6 +4,7 @@ specifications, agrees with scipy; samples and settings that are wrong are dropp
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -33,6 +35,7 @@ from dreamer.importers import (
     relative,
     write_scan,
 )
+from dreamer.pipeline import known_parameters
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +119,7 @@ def euler_degrees(sweep, folder):
 def euler_radians_of_another_order(sweep, folder):
     values = np.hstack([sweep.rotation.as_euler("YXZ"), sweep.position / 10])
     np.savetxt(folder / "log.txt", values, header="yaw pitch roll and centimetres")
-    track = read_track(folder / "log.txt", [3, 4, 5], [0, 1, 2], "YXZ", length="cm", angle="rad")
+    track = read_track(folder / "log.txt", [3, 4, 5], [0, 1, 2], "YXZ", units="cm rad")
     return read_clip(image_folder(sweep, folder)), track
 
 
@@ -139,7 +142,7 @@ def quaternions_scalar_first(sweep, folder):
 def rotation_vectors(sweep, folder):
     values = np.hstack([sweep.position, sweep.rotation.as_rotvec()])
     np.savetxt(folder / "log.csv", values, delimiter=", ", fmt="%.12f")
-    track = read_track(folder / "log.csv", [0, 1, 2], [3, 4, 5], "rotvec", angle="rad")
+    track = read_track(folder / "log.csv", [0, 1, 2], [3, 4, 5], "rotvec", units="mm rad")
     return read_clip(image_folder(sweep, folder)), track
 
 
@@ -147,7 +150,7 @@ def matrices_in_metres(sweep, folder):
     pose = matrices(sweep)
     pose[:, :3, 3] /= 1000
     np.savetxt(folder / "log.txt", pose.reshape(-1, 16), fmt="%.15f")
-    track = read_track(folder / "log.txt", [], list(range(16)), "matrix", length="m")
+    track = read_track(folder / "log.txt", [], list(range(16)), "matrix", units="m deg")
     return read_clip(image_folder(sweep, folder)), track
 
 
@@ -271,7 +274,7 @@ def test_a_log_of_quaternions_without_images(root):
 
 def test_time_stamps_in_file_names_match_those_of_the_log(root):
     folder = shared(root, "ultrabones_sweep")
-    clip = read_clip(folder / "UltrasoundImages", times="name", unit="ms")
+    clip = read_clip(folder / "UltrasoundImages", times="name", time_unit="ms")
     columns = ["x", "y", "z"], ["euler_x", "euler_y", "euler_z"], "xyz"
     track = read_track(folder / "tracking.csv", *columns, time="timestamp")
     joined = join(clip, track, largest_gap=0.001)
@@ -456,7 +459,7 @@ def test_invalid_samples_are_dropped_and_counted(tmp_path):
         "0.6,,2,3,0,0,0,1,OK,frame_6.png",
         "0.7,4,2,3,0,0,0,1,OK,frame_7.png",
     ]))  # fmt: skip
-    track = read_track(file, POSITION, QUATERNION, "xyzw", time="t", unit="s", status="state",
+    track = read_track(file, POSITION, QUATERNION, "xyzw", time="t", time_unit="s", status="state",
                        frame="image")  # fmt: skip
     assert track.valid.tolist() == [True] + [False] * 6 + [True]
     assert track.names[7] == "frame_7" and track.times[7] == 0.7
@@ -481,8 +484,7 @@ def test_status_may_be_a_number(tmp_path):
         ({"kind": "euler"}, "4 of rotation do not fit 'euler'"),
         ({"kind": "xyz"}, "4 of rotation do not fit 'xyz'"),
         ({"kind": "matrix"}, "do not fit 'matrix'"),
-        ({"length": "inch"}, "length is 'inch'"),
-        ({"angle": "turns"}, "angle is 'turns'"),
+        ({"units": "inch deg"}, "units 'inch deg': give a length"),
     ],
 )
 def test_settings_that_do_not_fit_a_log_are_refused(tmp_path, change, message):
@@ -778,6 +780,13 @@ def test_units_that_look_wrong_stop_the_import_unless_forced(tmp_path):
     data = Transitions(tmp_path / "own", 32)
     assert data.pose1[:, 3:].abs().max() < 3
     assert all(len(part) for part in split_by_blocks(data, 6, 1)[:3])
+
+
+def test_the_examples_of_the_documentation_name_parameters_that_exist(root):
+    text = (root / "data" / "README.md").read_text()
+    known = known_parameters(root / "notebooks" / "00_import.ipynb")
+    examples = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    assert len(examples) >= 6 and all(set(example) <= known for example in examples)
 
 
 def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):

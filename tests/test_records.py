@@ -310,6 +310,39 @@ def test_the_other_three_angles_of_a_rotation_are_brought_to_the_usual_ones(fold
     assert data.pose1[:, 4].abs().max() <= 90
 
 
+# What a folder states about itself
+
+
+def test_a_folder_states_how_it_is_read_and_whose_scans_it_holds(folder):
+    before = Transitions(folder)
+    rescaled(folder, 1000, RAD)
+    people = "patients: {p0: Ann, p1: Ann, p2: Ben}"
+    (folder / "reading.yaml").write_text(f"units: m rad\nmask: [[0, 0, 4, 4]]\n{people}\n")
+    data = Transitions(folder)
+    torch.testing.assert_close(data.pose1, before.pose1, rtol=1e-5, atol=1e-5)
+    assert not data.frames[:, :4, :4].any() and set(data.patient) == {"Ann", "Ben"}
+    assert find_patients(folder)["p1"] == "Ann"
+    other = Transitions(folder, reading={"mask": []}, patients={"p0": 1, "p1": 2, "p2": 3})
+    assert other.frames[:, :4, :4].any() and set(other.patient) == {"1", "2", "3"}
+    assert other.digest != data.digest
+    (folder / "reading.yaml").write_text("unit: m rad")
+    with pytest.raises(ValueError, match="unit"):
+        Transitions(folder)
+
+
+def test_a_folder_cannot_allow_its_own_links(folder, tmp_path, monkeypatch):
+    file = folder / "p0" / "ft1" / "frame_p0_0000.png"
+    file.rename(tmp_path / "secret.png")
+    file.symlink_to(tmp_path / "secret.png")
+    (folder / "reading.yaml").write_text("follow_links: true")
+    with pytest.raises(ValueError, match="but follow_links"):
+        Transitions(folder)
+    (folder / "reading.yaml").unlink()
+    assert "behind links" in problems(folder)
+    monkeypatch.setenv("DREAMER_FOLLOW_LINKS", "1")
+    Transitions(folder)
+
+
 # Names of patients
 
 
