@@ -1,6 +1,7 @@
 """The whole study: phantom data, trainings, every numbered notebook, one page.
 
     make figures                                      the default, behind a lock
+    make figures CONFIG="seeds=3"                     three trainings of each variant
     make figures CONFIG="preset=full seeds=5"         other sizes
     make figures CONFIG="data=../my_scans folds=5"    your own scans
     make figures CONFIG="plane=plax starts=200"       another target plane, more searches for it
@@ -30,7 +31,7 @@ COMPARE, TRAINING = "04_compare", "02_train"
 PHANTOM = {  # patients, frames of each, pixels
     "smoke": (8, 6, 64),
     "laptop": (224, 40, 112),
-    "medium": (224, 40, 112),
+    "reference": (224, 40, 112),
     "full": (400, 80, 224),
 }
 # Files that each notebook must write into its output folder.
@@ -67,9 +68,9 @@ SMOKE = {
 
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
-SMALL = PRESET in ("laptop", "smoke")  # a second core would make one of these a third faster
+SMALL = PRESET in ("laptop", "reference", "smoke")  # a second core would make one of these a third faster
 ALONE = ("03_benchmark", "06_attribution", "07_ablations")
-SEEDS = range(int(config.get("seeds", 1 if PRESET == "smoke" else 3)))
+SEEDS = range(int(config.get("seeds", 1)))
 FOLDS = range(int(config.get("folds", 1)))
 TIMEOUT = float(config.get("timeout", 24 * 3600))
 OWN_DATA = config.get("data")

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
 
-from dreamer.data import Split, Transitions, split_by_blocks, split_by_patient
+from dreamer.data import Split, Statistics, Transitions, split_by_blocks, split_by_patient
 from dreamer.model import CardiacDreamer, ModelConfig
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class TrainingConfig(BaseModel):
     processes together; an optimiser step takes `accumulate` of them. `steps_per_epoch`: batches, 0
     is one pass over the data. `optimizer`: AdamW as published, or Muon. The learning rate follows
     one cycle. `patience`: epochs without a better validation loss before stopping, 0 never stops.
+    `init`: folder of a run whose weights the training starts from, all that fit (fine-tuning).
     `split`: patient, blocks (of time, in one scan) or auto (patient where there are three). `val`,
     `test`: patients, a number or names. `precision`: auto is bf16 where the machine has it.
     `devices`: on each of `nodes`.
@@ -51,11 +52,10 @@ class TrainingConfig(BaseModel):
     optimizer: Literal["adamw", "muon"] = "adamw"
     composed: float = Field(1.0, ge=0)
     imagined: float = Field(1.0, ge=0)
-    # A larger weight makes the backbone learn maps that are easy to predict.
-    feature: float = Field(0.01, ge=0)
+    feature: float = Field(1.0, ge=0)
     reconstruction: float = Field(0.01, ge=0)
     beta: float = Field(1.0, gt=0)
-    identity: float = Field(0.5, ge=0, le=1)
+    identity: float = Field(0.3, ge=0, le=1)
     reverse: float = Field(0.0, ge=0, le=1)
     patience: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
@@ -64,6 +64,7 @@ class TrainingConfig(BaseModel):
     test: int | list[str] = 24
     blocks: int = Field(30, ge=6)
     gap: int = Field(2, ge=0)
+    init: str = ""
     seed: int = Field(0, ge=0)
     devices: int = Field(1, ge=1)
     nodes: int = Field(1, ge=1)
@@ -155,3 +156,24 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacD
     except RuntimeError as error:
         raise ValueError(f"{file}: does not fit {folder}/config.json: {error}") from error
     return model.eval().to(device)
+
+
+def start_from(model: CardiacDreamer, folder: str | Path) -> list[str]:
+    """Load the weights of another run into `model`, all that fit; returns the names left out.
+
+    Statistics stay those of the new data. Raises FileNotFoundError where the folder is no finished
+    run, ValueError where nothing fits.
+    """
+    file = Path(folder) / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"training.init: {file} is missing; give the folder of a run")
+    given, own = load_file(file), model.state_dict()
+    fits = {
+        name: value
+        for name, value in given.items()
+        if name not in Statistics._fields and name in own and own[name].shape == value.shape
+    }
+    if not fits:
+        raise ValueError(f"training.init: no weight of {folder} fits this model")
+    model.load_state_dict(fits, strict=False)
+    return sorted(set(own) - set(fits) - set(Statistics._fields))

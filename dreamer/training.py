@@ -6,7 +6,8 @@ Loss of the published system, in units of the spread of the poses:
 
 where the composed pose 1 is the imagined pose 2 moved back by the action. Two terms train the
 imagined map itself: the squared error of `next_features` against the (fixed) map of frame 2, and of
-`reconstruction` against that of frame 1, each relative to the variance of its target.
+`reconstruction` against that of frame 1, each relative to the variance of its target. Their
+gradient does not reach the backbone, which would learn maps that are easy to predict.
 """
 
 import io
@@ -42,7 +43,7 @@ from dreamer import poses
 from dreamer.data import Batch, Split, Transitions, statistics
 from dreamer.files import write_whole
 from dreamer.model import CardiacDreamer, Dream, ModelConfig
-from dreamer.runs import TrainingConfig, configure, has_bf16, make_split, versions
+from dreamer.runs import TrainingConfig, configure, has_bf16, make_split, start_from, versions
 
 log = logging.getLogger(__name__)
 
@@ -218,10 +219,14 @@ class LitDreamer(pl.LightningModule):
     def terms(self, batch: Batch) -> tuple[Dream, dict[str, Tensor]]:
         """The prediction for a batch and its loss terms."""
         dream = self.model(batch.image1, batch.action)
-        target = None
-        if self.model.world is not None and self.config.feature + self.config.reconstruction > 0:
+        world, target, maps = self.model.world, None, dream
+        if world is not None and self.config.feature + self.config.reconstruction > 0:
             target = self._target(dream, batch)
-        return dream, losses(dream, batch, target, self.model.pose_std, self.config)
+            if self.training:  # the same maps, imagined from features without gradient
+                action = batch.action / self.model.action_std
+                reconstruction, next_features, _ = world(dream.features.detach(), action)
+                maps = dream._replace(reconstruction=reconstruction, next_features=next_features)
+        return dream, losses(maps, batch, target, self.model.pose_std, self.config)
 
     @torch.no_grad()
     def _target(self, dream: Dream, batch: Batch) -> Tensor:
@@ -511,6 +516,9 @@ def fit(
     warnings.filterwarnings("ignore", message=".*(LeafSpec|srun|num_workers|exists and is not).*")
     pl.seed_everything(training.seed, verbose=False)
     net = CardiacDreamer(model, statistics(data, split.train))
+    if training.init:
+        left_out = start_from(net, training.init)
+        log.warning("starts from %s, without %s", training.init, ", ".join(left_out) or "nothing")
     if model.backbone == "resnet34" or model.width % 8 == 0:
         # A fifth faster. With 4 channels in this layout oneDNN's backward pass of a strided 1x1
         # convolution corrupts the heap on AVX2 machines.

@@ -1,5 +1,6 @@
 """Shared by all tests: the project's folder, and tiny notebooks."""
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +36,29 @@ def make_notebook():
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(book, path)
         return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def untrained():
+    """write(folder, model configuration): a run's folder as training leaves it, with an untrained
+    model; patient_0001 is a training patient and patient_0003 a test patient."""
+    from safetensors.torch import save_file
+
+    from dreamer.model import CardiacDreamer
+    from dreamer.runs import TrainingConfig
+
+    def write(folder: Path, config) -> Path:
+        folder.mkdir(parents=True)
+        parts = {"model": config, "training": TrainingConfig()}
+        record = {name: part.model_dump(mode="json") for name, part in parts.items()}
+        (folder / "config.json").write_text(json.dumps(record | {"data": {}}))
+        split = {"kind": "patient", "train": ["patient_0001"], "val": [], "test": ["patient_0003"]}
+        (folder / "split.json").write_text(json.dumps(split))
+        torch.manual_seed(0)
+        save_file(CardiacDreamer(config).state_dict(), folder / "model.safetensors")
+        return folder
 
     return write
 

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import json
 import os
 import re
 import shutil
@@ -189,31 +188,18 @@ def test_training_notebook_in_jupyterlab(browser, root, lab, tmp_path):
     view.close()
 
 
-def untrained(folder: Path, token_type: str) -> str:
-    """A run's folder as training leaves it, whose model has learned nothing."""
-    import torch
-    from safetensors.torch import save_file
-
-    from dreamer.model import CardiacDreamer, ModelConfig
-    from dreamer.runs import TrainingConfig
-
-    config = ModelConfig(
-        token_type=token_type, backbone="compact", image_size=64, channels=16, width=4, d_model=16,
-        num_heads=2, num_layers=1, guidance=(32, 16),
-    )  # fmt: skip
-    folder.mkdir(parents=True)
-    parts = {"model": config, "training": TrainingConfig()}
-    told = {name: part.model_dump(mode="json") for name, part in parts.items()} | {"data": {}}
-    (folder / "config.json").write_text(json.dumps(told))
-    (folder / "split.json").write_text('{"kind": "patient", "train": [], "val": [], "test": []}')
-    torch.manual_seed(0)
-    save_file(CardiacDreamer(config).state_dict(), folder / "model.safetensors")
-    return str(folder)
-
-
 @pytest.mark.slow
-def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, tmp_path):
-    runs = [untrained(tmp_path / name, name) for name in ("patch", "channel")]
+def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, untrained, tmp_path):
+    from dreamer.model import ModelConfig
+
+    shape = dict(
+        backbone="compact", image_size=64, channels=16, width=4, d_model=16, num_heads=2,
+        num_layers=1, guidance=(32, 16),
+    )  # fmt: skip
+    runs = [
+        str(untrained(tmp_path / name, ModelConfig(token_type=name, **shape)))
+        for name in ("patch", "channel")
+    ]
     parameterised(
         root, "09_explore.ipynb", tmp_path / "work" / "09_explore.ipynb", runs=runs,
         data=str(tmp_path / "none"), output=str(tmp_path / "figures"),
@@ -223,8 +209,8 @@ def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, tmp_path):
     button = view.get_by_role("button", name="go to the plane")
     scroll_to(view, button.count)
     button.scroll_into_view_if_needed()
-    picture = view.locator(".jupyter-widgets.widget-image").first
-    before = picture.get_attribute("src")
+    image = view.locator(".jupyter-widgets.widget-image").first
+    before = image.get_attribute("src")
     x = view.locator(".widget-slider").first
     readout = x.locator(".widget-readout")
     shown = float(readout.inner_text().replace("−", "-"))
@@ -233,7 +219,7 @@ def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, tmp_path):
         view.keyboard.press("ArrowRight")
     moved = "([e, x]) => Math.abs(parseFloat(e.innerText.replace('−', '-')) - x) > 1"
     view.wait_for_function(moved, arg=[readout.element_handle(), shown])
-    view.wait_for_function("([e, src]) => e.src != src", arg=[picture.element_handle(), before])
+    view.wait_for_function("([e, src]) => e.src != src", arg=[image.element_handle(), before])
     button.click()
     report = view.get_by_text(re.compile(r"stopped after \d+ steps; error: [\d.]+ mm, [\d.]+ deg"))
     view.wait_for_timeout(1000)

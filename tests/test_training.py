@@ -15,7 +15,7 @@ from scans import write_scan
 
 import dreamer
 from dreamer import poses
-from dreamer.data import Batch, Transitions, split_by_patient
+from dreamer.data import Batch, Statistics, Transitions, split_by_patient
 from dreamer.model import CardiacDreamer, Dream
 from dreamer.runs import (
     TrainingConfig,
@@ -24,6 +24,7 @@ from dreamer.runs import (
     load_config,
     load_run,
     make_split,
+    start_from,
 )
 from dreamer.training import (
     LitDreamer,
@@ -159,15 +160,20 @@ def test_feature_losses_are_relative_to_the_maps_variance():
     assert terms["reconstruction"].item() == pytest.approx(1 / 1e-6)  # of a map that is all zero
 
 
-def test_the_target_map_has_no_gradient(folder):
+@pytest.mark.parametrize("term", ["feature", "reconstruction"])
+def test_map_losses_train_the_world_model_alone(folder, term):
     data = Transitions(folder)
-    model, training = configure("patch", MODEL, TRAINING)
-    lit = LitDreamer(CardiacDreamer(model), training)
+    model, training = configure("patch", MODEL | {"dropout": 0.0}, TRAINING)
+    lit = LitDreamer(CardiacDreamer(model), training).train()
     _, terms = lit.terms(data.batch(np.arange(4)))
-    terms["reconstruction"].backward()
-    # Through its own map the backbone learns to be reconstructed only by way of the tokens.
-    assert lit.model.world.tokens.heads["reconstruction"].weight.grad.abs().sum() > 0
-    assert lit.model.head[0].weight.grad is None
+    assert terms[term] > 0
+    terms[term].backward(retain_graph=True)
+    head = "next_features" if term == "feature" else "reconstruction"
+    assert lit.model.world.tokens.heads[head].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in lit.model.backbone.parameters())
+    assert all(p.grad is None for p in lit.model.head.parameters())
+    terms["imagined"].backward()
+    assert all(p.grad is not None for p in lit.model.backbone.parameters())
 
 
 # The optimiser
@@ -313,6 +319,21 @@ def test_the_primary_task_alone(folder, tmp_path):
     table = run(folder, tmp_path / "run", **alone)
     assert "train_feature" not in table and np.isfinite(table["train_composed"]).all()
     np.testing.assert_allclose(table["train_loss"], table["train_composed"])
+
+
+def test_a_run_starts_from_another_with_all_that_fits(folder, tmp_path, caplog):
+    run(folder, tmp_path / "patch", epochs=1)
+    model = configure("channel", MODEL, {})[0]
+    net = CardiacDreamer(model)
+    left_out = start_from(net, tmp_path / "patch")
+    assert all("world.tokens" in name for name in left_out) and left_out
+    given, own = load_run(tmp_path / "patch").state_dict(), net.state_dict()
+    for name in set(own) - set(left_out) - set(Statistics._fields):
+        assert torch.equal(own[name], given[name]), name
+    run(folder, tmp_path / "tuned", "channel", epochs=1, init=str(tmp_path / "patch"))
+    assert "starts from" in caplog.text and "world.tokens.embedding.weight" in caplog.text
+    with pytest.raises(FileNotFoundError, match="give the folder of a run"):
+        run(folder, tmp_path / "other", init=str(tmp_path / "nowhere"))
 
 
 def test_frozen_stages_stay(folder, tmp_path):

@@ -1,311 +1,291 @@
-"""What both variants cost on this machine, measured: how the published claim arose, what is true.
+"""What both variants cost: counts by formula, and what a fresh process measures; and `fast`.
 
-The claim's times came from one unwarmed pass each, channel tokens first, read off the wall clock
-without waiting for the device: the first variant paid for starting it. Here that protocol stands
-beside its mirror image, single passes in fresh processes, and warm rounds in which all variants
-take turns (by the clock of torch.utils.benchmark). Every result is one row of COLUMNS: median,
-quartiles and number n of its values, in s, FLOP/s, MiB or as a ratio.
+The published table (Cardiac-Dreamer, patch variant) gives, for batch 4 at 224 px: 1.0947 s with
+channel tokens and 0.0474 s with patch tokens, "95.7% faster"; 65,188,584 and 66,256,262 parameters;
+260.9 and 263.5 MB on the GPU; 513 and 50 tokens. Its times are one unwarmed pass each, channel
+tokens first, by `time.time()` without waiting for the device, so that the first variant also paid
+for the start. A FLOP is one multiplication or one addition; a MiB has 2^20 bytes.
 """
 
-import json
-import logging
+import copy
+import itertools
 import math
-import platform
-import timeit
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from statistics import median
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import psutil
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.benchmark import timer as clock
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dreamer.study import cold
-from dreamer.study.cold import DTYPES
-from dreamer.study.costs import (
-    BATCH,
-    CLAIMED,
-    COLUMNS,
-    FRESH,
-    MIRRORED,
-    Rows,
-    configs,
-    flops,
-    inputs,
-    modules,
-    row,
-)
-from dreamer.study.fast import Packed, difference, fast, packs
-from dreamer.model import CardiacDreamer, ModelConfig, WorldModel
-from dreamer.runs import has_bf16, versions, write_whole
+from dreamer.model import CardiacDreamer, Dream, ModelConfig
+from dreamer.runs import has_bf16
 
-log = logging.getLogger(__name__)
-
-ORDERS = {CLAIMED: ("channel", "patch"), MIRRORED: ("patch", "channel")}
-BATCHES = {"cpu": (1, 4, 8), "cuda": (1, 4, 16, 64)}
-LAYERS = 2  # of the blocks, all alike, that are compared with PyTorch's
-ENOUGH = 30.0  # seconds of rounds at the claim's batch after which no further one begins
-Call = Callable[[], Any]
+VARIANTS = ("channel", "patch")  # in the order of the published measurement
+BATCH, LESS_TIME = 4, 0.957  # the published batch, and how much less time patch tokens take there
+CLAIM = {  # tokens include the action token
+    "channel": {"parameters": 65_188_584, "tokens": 513, "seconds": 1.0947, "memory": 260.9},
+    "patch": {"parameters": 66_256_262, "tokens": 50, "seconds": 0.0474, "memory": 263.5},
+}
+PARTS = ("backbone", "tokens", "attention", "feed-forward", "head")
+RESNET34 = ((64, 64, 3, 4), (64, 128, 4, 8), (128, 256, 6, 16), (256, 512, 3, 32))
+WORKSPACE = 2 * 4096 + 8 * 16  # KiB that cuBLAS allocates by default, except on Hopper
+MIB = 2**20
 
 
-def choose(device: str, dtypes: Iterable[str]) -> tuple[torch.device, list[str]]:
-    """The device ("auto": CUDA where there is one) and those `dtypes` that it computes itself.
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where available. Raises ValueError for others."""
+    available = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if name not in ("auto", *available):
+        raise ValueError(f"device: {name!r} is not available; use auto or {' or '.join(available)}")
+    return torch.device(available[-1] if name == "auto" else name)
 
-    Raises ValueError for a device or dtype that is unknown or absent.
+
+def configs(shapes: Mapping[str, Any]) -> dict[str, ModelConfig]:
+    """The configuration of each variant; `shapes` are fields that differ from the published."""
+    return {v: ModelConfig(**{**shapes, "token_type": v}) for v in VARIANTS}
+
+
+def build(config: ModelConfig, device: torch.device | str = "cpu") -> CardiacDreamer:
+    """A model in evaluation mode with random weights, the same at every call."""
+    torch.manual_seed(0)
+    return CardiacDreamer(config).eval().to(device)
+
+
+def inputs(
+    config: ModelConfig, batch: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Random frames [B, 1, S, S] and actions [B, 6]."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(batch, 1, config.image_size, config.image_size, generator=generator)
+    return image.to(device), torch.randn(batch, 6, generator=generator).to(device)
+
+
+# Counts
+
+
+def parameters(model: CardiacDreamer) -> dict[str, int]:
+    """Number of parameters of each of PARTS; a block's norms count with the layer before them."""
+    world = model.world
+    modules = {
+        "backbone": [model.backbone],
+        "tokens": [world.tokens, world.action, world.positions, world.norm],
+        "attention": [m for block in world.blocks for m in (block.attention, block.norm1)],
+        "feed-forward": [m for block in world.blocks for m in (block.feedforward, block.norm2)],
+        "head": [model.pooling, model.head],
+    }
+    return {
+        part: sum(p.numel() for module in members for p in module.parameters())
+        for part, members in modules.items()
+    }
+
+
+def flops(config: ModelConfig, batch: int = 1) -> dict[str, float]:
+    """FLOP of a forward pass in evaluation, for each of PARTS: matrix products and convolutions.
+
+    A block of N tokens of width d takes 2 N (4 + 2 f) d^2 in its linear layers, f the widening of
+    the feed-forward layer, and 4 N^2 d in attention; masked pairs are computed too.
     """
-    names = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "cuda": "cuda"}
-    if device not in names or (names[device] == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: {device} is not here; use cpu, auto, or cuda where there is one")
-    if (unknown := set(dtypes) - set(DTYPES)) or not dtypes:
-        raise ValueError(
-            f"dtypes: {', '.join(sorted(unknown))}; at least one of {', '.join(DTYPES)}"
+    c, d, cells = config.channels, config.d_model, math.prod(config.grid)
+    n, transformer = 1 + config.tokens, config.token_type != "none"
+    first, second = config.guidance
+    values = cells * (c + 4 * config.fine_channels)  # of the feature map
+    linear = (6 if config.token_type == "both" else 3) * values * d  # one embeds, two restore
+    pooling = {"attention": 9 * c * cells, "action": d * c}.get(config.pooling, 0)
+    macs = {
+        "backbone": _backbone_macs(config),
+        "tokens": transformer * (linear + 6 * 64 + 64 * 256 + 256 * d),
+        "attention": transformer * config.num_layers * (4 * n * d**2 + 2 * n**2 * d),
+        "feed-forward": transformer * config.num_layers * 2 * config.feedforward * n * d**2,
+        "head": pooling + c * first + first * second + 6 * second,
+    }
+    return {part: 2.0 * batch * count for part, count in macs.items()}
+
+
+def _backbone_macs(config: ModelConfig) -> float:
+    """Multiplications of the convolutions for one frame, each with an addition."""
+    side, c, w = config.image_size, config.channels, config.width
+    if config.backbone == "resnet34":
+        macs = 49 * 64 * (side / 2) ** 2
+        for inputs_, outputs, blocks, stride in RESNET34:
+            shortcut = inputs_ * outputs if inputs_ != outputs else 0
+            kernels = 9 * inputs_ * outputs + 9 * outputs**2 * (2 * blocks - 1) + shortcut
+            macs += kernels * (side / stride) ** 2
+        return macs
+    macs = 49 * w * (side / 4) ** 2
+    for inputs_, outputs, stride in ((w, 2 * w, 8), (2 * w, c, 16)):
+        macs += (9 * inputs_ * outputs + 9 * outputs**2 + inputs_ * outputs) * (side / stride) ** 2
+    return macs
+
+
+def predicted_memory(config: ModelConfig, batch: int = BATCH) -> dict[str, float]:
+    """MiB that CUDA's allocator holds after the published pass, by kind, by arithmetic.
+
+    Weights and buffers, the input, the five outputs (in units of 512 bytes), cuBLAS's workspace.
+    """
+    with torch.device("meta"):
+        model = CardiacDreamer(config)
+        maps = torch.empty(3, batch, config.channels + 4 * config.fine_channels, *config.grid)
+        pooled, pose = torch.empty(batch, config.channels), torch.empty(batch, 6)
+    kinds = {
+        "parameters": model.parameters(),
+        "buffers": model.buffers(),
+        "input": inputs(config, batch, "meta"),
+        "outputs": (*maps, pooled, pose),
+    }
+    held = {
+        kind: sum(math.ceil(t.nbytes / 512) * 512 for t in tensors) / MIB
+        for kind, tensors in kinds.items()
+    }
+    return held | {"cuBLAS workspace": WORKSPACE / 1024}
+
+
+def crossing(sizes: Sequence[float], patch: Sequence[float], channel: Sequence[float]) -> float:
+    """Image size in px at which both variants cost the same, log-linear between `sizes`.
+
+    NaN where patch tokens are not cheaper first and dearer later.
+    """
+    gap = [math.log(p / c) for p, c in zip(patch, channel, strict=True)]
+    for i in range(1, len(gap)):
+        if gap[i - 1] < 0 <= gap[i]:
+            return sizes[i - 1] + (sizes[i] - sizes[i - 1]) * gap[i - 1] / (gap[i - 1] - gap[i])
+    return math.nan
+
+
+# Ways to run a model
+
+
+def fast(model: CardiacDreamer, dtype: torch.dtype | None = None) -> CardiacDreamer:
+    """A copy of `model` for inference that takes less time, with the same inputs and outputs.
+
+    Batch norms are fused into the convolutions before them (Jacob et al., CVPR 2018, section 3.2),
+    feature maps lie channels-last, and backbone and transformer compute in `dtype` (default: bf16
+    where the machine has it), without the casts of autocast. Pooling, head, and a compact backbone,
+    whose few channels would lose accuracy, stay in fp32. The blocks stay ours, so that every option
+    works: cast to bf16 they take at most the time of the fused path of nn.TransformerEncoder.
+
+    Raises ValueError for a dtype other than float32 and bfloat16.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if has_bf16() else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: {dtype} is not supported; use torch.float32 or torch.bfloat16")
+    quick = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(quick.backbone.modules()):
+        for (name, conv), (next_name, norm) in itertools.pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, next_name, nn.Identity())
+    quick.backbone.to(memory_format=torch.channels_last)
+    if dtype == torch.bfloat16:
+        if model.config.backbone == "resnet34":
+            _compute_in(quick.backbone, dtype)
+        if quick.world is not None:
+            _compute_in(quick.world, dtype)
+    return quick
+
+
+def _compute_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a module's weights and, at each call, inputs to `dtype`, and its results to fp32."""
+
+    def cast(_, given):
+        return tuple(x.to(dtype) for x in given)
+
+    def restore(_, __, result):
+        return result.float() if isinstance(result, Tensor) else tuple(x.float() for x in result)
+
+    module.to(dtype)
+    module.register_forward_pre_hook(cast)
+    module.register_forward_hook(restore)
+
+
+class _Encoder(nn.Module):
+    """Blocks of the world model as PyTorch's own encoder, with the same weights."""
+
+    def __init__(self, blocks: nn.ModuleList, config: ModelConfig):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            config.d_model,
+            config.num_heads,
+            config.feedforward * config.d_model,
+            config.dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=config.norm_first,
         )
-    kept = [name for name in dtypes if name != "bfloat16" or has_bf16()]
-    if kept != list(dtypes):
-        log.warning("bfloat16 is left out: this machine has no bf16 arithmetic")
-    return torch.device(names[device]), kept
+        self.encoder = nn.TransformerEncoder(layer, len(blocks), enable_nested_tensor=False)
+        for theirs, ours in zip(self.encoder.layers, blocks, strict=True):
+            theirs.self_attn.in_proj_weight = ours.attention.qkv.weight
+            theirs.self_attn.in_proj_bias = ours.attention.qkv.bias
+            theirs.self_attn.out_proj.load_state_dict(ours.attention.out.state_dict())
+            theirs.linear1, theirs.linear2 = ours.feedforward[0], ours.feedforward[3]
+            theirs.norm1, theirs.norm2 = ours.norm1, ours.norm2
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.encoder(x, None if mask is None else ~mask)
 
 
-# ---- warm: all in turn ---------------------------------------------------------------------------
+def original(model: CardiacDreamer) -> CardiacDreamer:
+    """The published implementation with a copy of the model's weights: torchvision's ResNet34 and
+    nn.TransformerEncoder, which takes its fused path in evaluation. The yardstick for `fast`."""
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    encoder = _Encoder(reference.world.blocks, model.config)
+    reference.world.blocks = nn.ModuleList([encoder])
+    return reference.eval().requires_grad_(False).to(model.pose_std.device)
 
 
-def warm(
-    calls: Mapping[Any, Call], repeats: int, least: float = 0.1, enough: float = math.inf
-) -> dict[Any, NDArray]:
-    """Seconds of each call in `repeats` rounds, all calls in turn within a round; no further round
-    begins after `enough` seconds.
+def under_autocast(model: CardiacDreamer) -> Callable[[Tensor, Tensor], Dream]:
+    """The model's call under bf16 autocast."""
 
-    The clock is torch.utils.benchmark's, which waits for the device; a call shorter than `least`
-    seconds is repeated within its turn. An unmeasured round warms everything up.
-    """
-    timers = {key: timeit.Timer(call, timer=clock) for key, call in calls.items()}
-    last = {key: timer.timeit(1) for key, timer in timers.items()}
-    rounds, begun = [], clock()
-    while len(rounds) < repeats and (not rounds or clock() - begun < enough):
-        number = {key: max(1, math.ceil(least / max(last[key], 1e-6))) for key in timers}
-        last = {key: timer.timeit(number[key]) / number[key] for key, timer in timers.items()}
-        rounds.append(last)
-    return {key: np.array([r[key] for r in rounds]) for key in calls}
+    def call(image: Tensor, action: Tensor) -> Dream:
+        with torch.autocast(image.device.type, torch.bfloat16):
+            return model(image, action)
 
-
-def products(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Call, float]]:
-    """Large matrix products: what to call and its FLOP. The fastest is the machine's limit."""
-    found = {}
-    for side in (1024, 2048) if device.type == "cpu" else (4096, 8192):
-        a, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        found[f"{side}"] = (lambda a=a, out=out: torch.mm(a, a, out=out)), 2.0 * side**3
-    if packs(device, dtype):  # oneDNN in its own order can be faster than the BLAS behind torch.mm
-        layer, x = Packed(nn.Linear(1024, 1024), dtype), torch.randn(2048, 1024).to(dtype)
-        found["packed"] = (lambda: layer(x)), 2.0 * 2048 * 1024**2
-    return found
-
-
-def encoder(blocks: Sequence[nn.Module], config: ModelConfig) -> nn.TransformerEncoder:
-    """PyTorch's own encoder with the weights of `blocks`: the yardstick."""
-    layer = nn.TransformerEncoderLayer(
-        config.d_model, config.num_heads, config.feedforward * config.d_model, config.dropout,
-        activation="gelu", batch_first=True, norm_first=config.norm_first,
-    )  # fmt: skip
-    reference = nn.TransformerEncoder(layer, len(blocks), enable_nested_tensor=False).eval()
-    for theirs, ours in zip(reference.layers, blocks, strict=True):
-        theirs.self_attn.in_proj_weight = ours.attention.qkv.weight
-        theirs.self_attn.in_proj_bias = ours.attention.qkv.bias
-        theirs.self_attn.out_proj.load_state_dict(ours.attention.out.state_dict())
-        theirs.linear1, theirs.linear2 = ours.feedforward[0], ours.feedforward[3]
-        theirs.norm1, theirs.norm2 = ours.norm1, ours.norm2
-    return reference.to(ours.norm1.weight.device)
-
-
-def through(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
-    """Tokens [B, N, D] through our blocks, as the encoder takes them through its layers."""
-    for block in blocks:
-        tokens = block(tokens)
-    return tokens
-
-
-Paths = dict[tuple[str, str], dict[str, nn.Module]]
-
-
-def paths(models: Mapping[str, nn.Module], dtypes: Sequence[str], compiled: bool) -> Paths:
-    """Every way to run the variants, by (path, dtype): plain, fast, and if asked for, compiled."""
-    ways: Paths = {("plain", "float32"): dict(models)}
-    for name in dtypes:
-        ways["fast", name] = {v: fast(m, DTYPES[name]) for v, m in models.items()}
-    if compiled:
-        name = dtypes[-1]
-        ways["compiled", name] = {v: fast(m, DTYPES[name], True) for v, m in models.items()}
-    return ways
+    return call
 
 
 @torch.no_grad()
-def latency(ways: Paths, batches: Sequence[int], repeats: int) -> Rows:
-    """Forward passes, warm, of all `ways` (see `paths`) at the claim's batch, the last of them at
-    other `batches`, plain fp32 at smaller ones and on a GPU at all.
+def difference(
+    model: CardiacDreamer,
+    other: Callable[[Tensor, Tensor], Dream],
+    image: Tensor,
+    action: Tensor,
+) -> Tensor:
+    """Absolute difference between the poses of two models, in units of `pose_std`: [B, 6].
 
-    At the claim's batch the machine's limit and PyTorch's encoder take their turns too. Rows:
-    `latency`; from the times within a round `reduction` (1 - patch / channel), `speedup` (plain /
-    path), `overhead` (our first `LAYERS` blocks / PyTorch's encoder); `share` of `limit`.
+    Meaningful for trained weights only: random ones give every frame nearly the same pose.
     """
-    models, last = ways["plain", "float32"], list(ways)[-1]
-    config = {v: m.config for v, m in models.items()}
-    device, rows = models["patch"].pose_std.device, []
-    for batch in batches:
-        calls: dict[tuple, Call] = {}
-        amount: dict[tuple, float] = {}
-        for way, variants in ways.items():
-            plain = way == ("plain", "float32") and (batch < BATCH or device.type == "cuda")
-            if batch != BATCH and way != last and not plain:
-                continue
-            for variant, model in variants.items():
-                key, given = (variant, *way), inputs(config[variant], batch, device)
-                calls[key] = lambda model=model, given=given: model(*given)
-                amount[key] = sum(flops(config[variant], batch).values())
-        for variant, model in models.items() if batch == BATCH else ():
-            shape = (batch, 1 + config[variant].tokens, config[variant].d_model)
-            tokens = torch.randn(shape, device=device)
-            blocks = model.world.blocks[:LAYERS]
-            library = encoder(blocks, config[variant])
-            calls[variant, "blocks", "float32"] = lambda b=blocks, t=tokens: through(b, t)
-            calls[variant, "encoder", "float32"] = lambda e=library, t=tokens: e(t)
-        for name in dict.fromkeys(dtype for _, dtype in ways) if batch == BATCH else ():
-            for size, (call, work) in products(DTYPES[name], device).items():
-                calls[size, "limit", name], amount[size, "limit", name] = call, work
-        seconds = warm(calls, repeats, enough=ENOUGH if batch == BATCH else ENOUGH / 4)
-        where = {"batch": batch, "image": config["patch"].image_size, "protocol": "warm"}
-        rows += _compared(seconds, amount, where)
-    return rows
+    return (other(image, action).pose - model(image, action).pose).abs() / model.pose_std
 
 
-def _compared(seconds: dict[tuple, NDArray], amount: dict[tuple, float], where: dict) -> Rows:
-    """Rows of one batch from the times of its rounds."""
-    rows, limit = [], {}
-    for name in dict.fromkeys(dtype for _, path, dtype in seconds if path == "limit"):
-        rates = [amount[k] / s for k, s in seconds.items() if k[1:] == ("limit", name)]
-        limit[name] = np.median(rates, axis=1).max()
-        rows.append(row("limit", max(rates, key=np.median), "FLOP/s", dtype=name, protocol="warm"))
-    for (variant, path, dtype), values in seconds.items():
-        if path == "limit":
-            continue
-        at = {"variant": variant, "path": path, "dtype": dtype, **where}
-        rows.append(row("latency", values, "s", **at))
-        if path == "encoder":
-            rows.append(row("overhead", seconds[variant, "blocks", dtype] / values, "", **at))
-        elif path != "blocks":
-            if path != "plain" and (variant, "plain", "float32") in seconds:
-                plain = seconds[variant, "plain", "float32"]
-                rows.append(row("speedup", plain / values, "", **at))
-            if dtype in limit:
-                share = amount[variant, path, dtype] / values / limit[dtype]
-                rows.append(row("share", share, "", **at))
-            if variant == "patch":
-                reduction = 1 - values / seconds["channel", path, dtype]
-                rows.append(row("reduction", reduction, "", **{**at, "variant": ""}))
-    return rows
-
-
-@torch.no_grad()
-def parts(ways: Paths, repeats: int) -> Rows:
-    """Where the time of a forward pass goes, at the claim's batch, after `latency`: rows `part`.
-
-    Hooks read the clock around every module of costs.PARTS, after waiting for the device; `rest`
-    is what lies between the modules.
-    """
-    plain, rows = ways["plain", "float32"], []
-    device = plain["patch"].pose_std.device
-    for (path, dtype), variants in ways.items():
-        for variant, model in variants.items() if path != "compiled" else ():
-            given, hooks = inputs(plain[variant].config, BATCH, device), []
-            spent: dict[str, float] = defaultdict(float)
-
-            def start(_module, _given, part="", spent=spent):
-                spent[part] -= clock()
-
-            def stop(_module, _given, _result, part="", spent=spent):
-                spent[part] += clock()
-
-            for part, members in modules(getattr(model, "model", model)).items():
-                for module in members:
-                    hooks.append(module.register_forward_pre_hook(partial(start, part=part)))
-                    hooks.append(module.register_forward_hook(partial(stop, part=part)))
-            rounds = []
-            for _ in range(repeats):  # warm: `latency` has run them
-                spent.clear()
-                begun = clock()
-                model(*given)
-                whole = clock() - begun
-                rounds.append({**spent, "rest": whole - sum(spent.values())})
-            for hook in hooks:
-                hook.remove()
-            for part in rounds[0]:
-                values, at = [r[part] for r in rounds], {"path": path, "dtype": dtype}
-                rows.append(row("part", values, "s", variant=variant, part=part, batch=BATCH, **at))
-    return rows
-
-
-@torch.no_grad()
-def scaling(models: Mapping[str, CardiacDreamer], sizes: Sequence[int], repeats: int) -> Rows:
-    """One frame of growing size: patch tokens grow in number, channel tokens in width only.
-
-    Rows `scaling` (part backbone, one pass, and world of each variant): seconds of plain fp32, and
-    the FLOP expected by formula as rows `scaling flop`. The weights are those of `models`: only the
-    layers that make tokens know the size.
-    """
-    rows, device = [], models["patch"].pose_std.device
-    for size in sizes:
-        both = {v: m.config.model_copy(update={"image_size": size}) for v, m in models.items()}
-        image, action = inputs(both["patch"], 1, device)
-        calls = {}
-        for variant, config in both.items():
-            world = WorldModel(config.model_copy(update={"num_layers": 0})).eval().to(device)
-            world.blocks = models[variant].world.blocks
-            features = torch.randn(1, config.channels, *config.grid, device=device)
-            calls[variant] = partial(world, features, action)
-        seconds = warm(calls, repeats)
-        begun = clock()
-        models["patch"].backbone(image)
-        seconds["both"] = np.array([clock() - begun])
-        for variant, values in seconds.items():
-            part = "backbone" if variant == "both" else "world"
-            work = flops(both.get(variant, both["patch"]))
-            work = sum(w for p, w in work.items() if (p == "backbone") == (part == "backbone"))
-            at = {"variant": variant, "part": part, "image": size, "batch": 1}
-            rows.append(row("scaling", values, "s", protocol="warm", **at))
-            rows.append(row("scaling flop", work, "FLOP", protocol="formula", **at))
-    return rows
-
-
-def lesson(config: ModelConfig, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Speckled discs [B, 1, S, S] whose place, width, angle and brightness are the pose [B, 6]."""
-    pose = torch.rand(count, 6, generator=draw) * 2 - 1
+def discs(config: ModelConfig, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Speckled discs [B, 1, S, S] whose place, size, angle, shape and brightness are a pose [B, 6]
+    of unit variance: a task that a model learns in seconds."""
+    generator = torch.Generator().manual_seed(seed)
+    pose = torch.rand(count, 6, generator=generator) * 2 - 1
+    x, y, size, angle, shape, brightness = pose[:, :, None, None].unbind(1)
     axis = torch.linspace(-1, 1, config.image_size)
-    x, y, width, angle, shape, bright = pose[:, :, None, None].unbind(1)
     dx, dy = axis - x / 2, axis[:, None] - y / 2
     u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
-    disc = torch.exp(-((u**2) * (2 + shape) + v**2 * 6) / (0.35 + 0.15 * width) ** 2)
-    speckle = torch.rand(disc.shape, generator=draw)
-    return (disc * (0.7 + 0.3 * bright) * (0.5 + speckle / 2))[:, None], pose * 3**0.5
+    disc = torch.exp(-(u**2 * (2 + shape) + v**2 * 6) / (0.35 + 0.15 * size) ** 2)
+    speckle = 0.5 + torch.rand(disc.shape, generator=generator) / 2
+    return (disc * (0.7 + 0.3 * brightness) * speckle)[:, None], pose * math.sqrt(3)
 
 
-def taught(config: ModelConfig, steps: int) -> CardiacDreamer:
-    """A model that has learnt to tell frames apart: after `steps` of `lesson` on the CPU.
-
-    Random weights give every frame nearly the same pose, against which any difference is large.
-    """
-    torch.manual_seed(0)
-    model, draw = CardiacDreamer(config).train(), torch.Generator().manual_seed(0)
-    if not steps:
-        return model.eval()
+def train_on_discs(config: ModelConfig, steps: int) -> CardiacDreamer:
+    """A model after `steps` of 16 `discs` on the CPU, in evaluation mode."""
+    model = build(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, steps)
-    for _ in range(steps):
-        image, pose = lesson(config, 16, draw)
+    for step in range(steps):
+        image, pose = discs(config, 16, seed=step)
         loss = F.smooth_l1_loss(model(image, torch.zeros_like(pose)).pose, pose)
         optimizer.zero_grad()
         loss.backward()
@@ -314,147 +294,93 @@ def taught(config: ModelConfig, steps: int) -> CardiacDreamer:
     return model.eval()
 
 
-def accuracy(device: torch.device, dtypes: Sequence[str], **fields: Any) -> Rows:
-    """How far the fast path moves the pose: rows `pose difference`, largest over 64 frames.
+# In a process of its own
 
-    Of small models: ResNet34 at 64 px, or as `fields` (of ModelConfig) say; `taught`, but in fp32
-    alone, whose rounding random weights pass as well: they are the harder test.
+
+def apart(task: Callable, *arguments: Any) -> Any:
+    """`task(*arguments)` in a fresh process: its result, or its exception, raised here.
+
+    The process is forked from a server that has only imported the libraries, so that no thread
+    pool, kernel or page of weights is warm; where the system cannot fork, it is a new interpreter.
     """
-    steps = 0 if set(dtypes) == {"float32"} else 80
-    small = {"image_size": 64, "d_model": 96, "num_heads": 4, "num_layers": 2, **fields}
-    rows = []
-    for variant, config in configs(small).items():
-        model = taught(config, steps).to(device)
-        image, pose = lesson(config, 64, torch.Generator().manual_seed(1))
-        given = image.to(device), torch.zeros_like(pose).to(device)
-        for name in dtypes:
-            gap = difference(model, fast(model, DTYPES[name]), *given)
-            at = {"variant": variant, "path": "fast", "dtype": name, "batch": len(pose)}
-            rows.append(row("pose difference", gap, "", **at))
-    return rows
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["dreamer.study.cost", "torchvision.models"])
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
+        return pool.submit(task, *arguments).result()
 
 
-# ---- in processes of their own -------------------------------------------------------------------
+@torch.no_grad()
+def passes(configs: Sequence[ModelConfig], device: str, warm: int = 3) -> list[dict[str, Any]]:
+    """A row for each configuration: one unwarmed pass at BATCH in this order, then warm ones.
 
-
-def passes(shapes: Mapping[str, Any], device: torch.device, repeats: int) -> Rows:
-    """Single unwarmed passes at the claim's batch: both ORDERS, each in `repeats` processes.
-
-    Rows `cold`: seconds by protocol and variant (whoever comes first has a fresh process for
-    itself: FRESH, until the result is there); `reduction`: 1 - patch / channel of each protocol;
-    `memory` of a fresh process; `claim memory`: what CUDA's allocator holds after the claim's pass.
+    `clock`: s by the published protocol (time.time, not waiting for the device); `cold`: s until
+    the result is there; `warm`: median s of `warm` later passes; in MiB above the imported
+    libraries `rest` with weights only, and `peak`; `held`: MiB in CUDA's allocator after the pass.
     """
-    both = configs(shapes)
-    found = defaultdict(list)  # (measure, protocol, variant) -> one value per process
-    for _ in range(repeats):
-        for protocol, order in ORDERS.items():
-            got = cold.apart(cold.single, [both[v] for v in order], device.type)
-            for variant, measured in got.items():
-                found["cold", protocol, variant].append(measured["clock"])
-                if protocol == CLAIMED and device.type == "cuda":
-                    found["claim memory", protocol, variant].append(measured["memory"])
-            found["cold", FRESH, order[0]].append(got[order[0]]["waited"])
-            for kind in ("weights", "peak"):
-                found["memory", kind, order[0]].append(got[order[0]][kind])
-    at = {"path": "plain", "dtype": "float32", "batch": BATCH, "image": both["patch"].image_size}
-    rows = [
-        row(m, values, "s" if m == "cold" else "MiB", variant=v, protocol=p, **at)
-        for (m, p, v), values in found.items()
-    ]
-    for protocol in (*ORDERS, FRESH):
-        less = 1 - np.divide(found["cold", protocol, "patch"], found["cold", protocol, "channel"])
-        rows.append(row("reduction", less, "", protocol=protocol, **at))
+    start, rows = _memory(device), []
+    for place, config in enumerate(configs):
+        model, given = build(config, device), inputs(config, BATCH, device)
+        rest = _memory(device) - start
+        begun = time.time()
+        dream = model(*given)
+        clock = time.time() - begun
+        held = torch.cuda.memory_allocated() / MIB if device == "cuda" else math.nan
+        dream.pose.cpu()
+        cold = time.time() - begun
+        row = {"variant": config.token_type, "place": place, "clock": clock, "cold": cold}
+        rows.append(row | {"rest": rest, "peak": _peak_memory(device) - start, "held": held})
+        del model, given, dream  # the allocator then holds the next model alone
+    for row, config in zip(rows, configs, strict=True):
+        model, given = build(config, device), inputs(config, BATCH, device)
+        seconds = [_seconds(model, *given) for _ in range(warm + 1)]
+        row["warm"] = median(seconds[1:])
     return rows
 
 
-def memory(shapes: Mapping[str, Any], device: torch.device, dtypes: Sequence[str]) -> Rows:
-    """Peaks at the claim's batch, each in a process of its own: rows `memory`, MiB above what the
-    imported libraries take, at rest (`weights`) and in the fast path or a training step; `training`
-    and its `reduction` (path training): how long the second step took."""
-    rows = []
-    for path, names in (("fast", dtypes[-1:]), ("training", dtypes)):
-        for dtype in names:
-            at = {"path": path, "dtype": dtype, "batch": BATCH}
-            seconds = {}
-            for variant, config in configs(shapes).items():
-                got = cold.apart(cold.peak, config, device.type, path, dtype)
-                seconds[variant] = got.pop("seconds")
-                for kind, mib in got.items():
-                    rows.append(row("memory", mib, "MiB", variant=variant, protocol=kind, **at))
-            if path == "training":
-                at["protocol"] = "warm"
-                rows += [row("training", s, "s", variant=v, **at) for v, s in seconds.items()]
-                rows.append(row("reduction", 1 - seconds["patch"] / seconds["channel"], "", **at))
-    return rows
+def training(config: ModelConfig, device: str, low: bool, steps: int = 2) -> dict[str, Any]:
+    """Median s of `steps` training steps at BATCH (forward, backward, AdamW) after a first one, and
+    their peak in MiB above the imported libraries; `low`: under bf16 autocast."""
+    start = _memory(device)
+    model = build(config, device).train()
+    image, action = inputs(config, BATCH, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=low):
+            dream = model(image, action)
+        loss = F.smooth_l1_loss(dream.pose, action) + dream.next_features.float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    seconds = [_seconds(step) for _ in range(steps + 1)]
+    peak = _peak_memory(device) - start
+    return {"variant": config.token_type, "seconds": median(seconds[1:]), "peak": peak}
 
 
-def attention_memory(
-    shapes: Mapping[str, Any], device: torch.device, tokens: Sequence[int] = (50, 513, 785)
-) -> Rows:
-    """Peak of one attention layer by number of tokens, batch 16: rows `attention memory` (MiB)
-    above weights and input: fused, in parts (the fast path's) and explicit, which keeps maps."""
-    config = configs(shapes)["patch"]
-    rows = []
-    for way in ("fused", "in parts", "explicit"):
-        for count in tokens:
-            got = cold.apart(cold.attention_peak, config, count, way, device.type)
-            rows.append(row("attention memory", got, "MiB", path=way, part=str(count), batch=16))
-    return rows
+def _seconds(call: Callable, *arguments: Any) -> float:
+    """Seconds of one call, until the device has finished."""
+    begun = time.perf_counter()
+    call(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
-# ---- what was found ------------------------------------------------------------------------------
+def _memory(device: str) -> float:
+    """MiB in use: CUDA's allocator, or the process."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / MIB
+    return psutil.Process().memory_info().rss / MIB
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """The machine's name, what it has, versions, commit and date."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
-    return {
-        "machine": name,
-        "threads": str(torch.get_num_threads()),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        **versions(),
-        "device": device.type,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cores = f"{psutil.cpu_count(logical=False) or psutil.cpu_count()} cores"
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores}"
-
-
-def table(rows: Iterable[dict[str, Any]], about: Mapping[str, str]) -> pd.DataFrame:
-    """Rows as a tidy table: COLUMNS, then `about` the machine, the same in every row."""
-    frame = pd.DataFrame(list(rows)).reindex(columns=COLUMNS)
-    texts = [c for c in COLUMNS if c not in ("batch", "image", "value", "low", "high", "n")]
-    frame[texts] = frame[texts].fillna("")
-    return frame.assign(**{k: about[k] for k in ("machine", "device", "torch", "commit", "date")})
-
-
-def save(frame: pd.DataFrame, about: Mapping[str, str], output: str | Path, name: str) -> None:
-    """`name`.csv, and `name`.json with the machine, versions and date beside the same rows."""
-    save_table(frame, output, name)
-    rows = json.loads(frame[list(COLUMNS)].to_json(orient="records"))
-    text = json.dumps({"machine": dict(about), "rows": rows}, indent=1)
-    write_whole(Path(output) / f"{name}.json", text.encode())
-
-
-def save_table(frame: pd.DataFrame, output: str | Path, name: str) -> None:
-    """A table as `name`.csv, written whole."""
-    Path(output).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(output) / f"{name}.csv", frame.to_csv(index=False).encode())
-
-
-def load(files: Iterable[str | Path]) -> pd.DataFrame:
-    """Tables of several machines as one. ValueError names a file that is no result of `save`."""
-    frames = []
-    for file in files:
-        frame = pd.read_csv(file, keep_default_na=False, na_values={"batch": "", "image": ""})
-        if absent := [c for c in (*COLUMNS, "machine", "date") if c not in frame.columns]:
-            raise ValueError(f"{file}: no column {', '.join(absent)}; give a 03_benchmark.csv")
-        frames.append(frame)
-    if not frames:
-        raise ValueError("no results: give at least one 03_benchmark.csv")
-    return pd.concat(frames, ignore_index=True)
+def _peak_memory(device: str) -> float:
+    """MiB in use at most so far, in CUDA's allocator or the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(_memory(device), peak / (MIB if sys.platform == "darwin" else 1024))

@@ -125,60 +125,78 @@ def _play(seen: View, target: str, mask: Tensor) -> Tensor:
 
 
 def curves(
-    seen: View, grid: Tensor, target: str, points: int = 0
+    seen: View,
+    grid: Tensor,
+    target: str,
+    points: int = 0,
+    ends: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Shares [K] of cells, deletion and insertion [N, K] for a map [N, h, w].
 
     Deletion: |f(frame) - f(that share hidden)|; insertion: |f(frame) - f(only that share shown)|,
     in mm or deg; cells in the order of |map|, ties at random. `points`: numbers of cells to try,
-    denser at the start; 0 tries every one. A faithful map has a high deletion curve and a low
-    insertion curve.
+    denser at the start; 0 tries every one. `ends`: predictions for frame and baseline, if known. A
+    faithful map has a high deletion curve and a low insertion curve.
     """
     n, (h, w) = len(grid), grid.shape[1:]
     counts = np.unique(np.geomspace(1, h * w, points or 4 * h * w).round().astype(int))
-    counts = np.concatenate(([0], counts))
     shuffled = torch.randperm(h * w, generator=torch.Generator().manual_seed(0))
     magnitude = grid.detach().abs().cpu().flatten(1)[:, shuffled]
     order = shuffled[magnitude.argsort(dim=1, descending=True, stable=True)]
     place = order.argsort(dim=1).view(n, 1, h, w).to(seen.features.device)
-    whole = _play(seen, target, torch.ones_like(place).float())
-    hidden = [(_play(seen, target, (place >= k).float()) - whole).abs() for k in counts]
-    shown = [(_play(seen, target, (place < k).float()) - whole).abs() for k in counts]
-    return counts / (h * w), torch.stack(hidden, 1).numpy(), torch.stack(shown, 1).numpy()
+    whole, empty = ends or whole_and_empty(seen, target)
+    hidden = [_play(seen, target, (place >= k).float()) for k in counts[:-1]]
+    shown = [_play(seen, target, (place < k).float()) for k in counts[:-1]]
+    deletion = (torch.stack([whole, *hidden, empty], 1) - whole[:, None]).abs()
+    insertion = (torch.stack([empty, *shown, whole], 1) - whole[:, None]).abs()
+    return np.concatenate(([0], counts)) / (h * w), deletion.numpy(), insertion.numpy()
 
 
-def infidelity(seen: View, grid: Tensor, target: str, samples: int = 8, seed: int = 0) -> Tensor:
-    """Share [N] of the prediction's change under random hiding of cells that a map [N, h, w] fails
-    to predict: 0 predicts all of it, 1 nothing. Captum's `infidelity(normalize=True)` over masks,
-    relative to the mean squared change; all maps meet the same masks."""
+def whole_and_empty(seen: View, target: str) -> tuple[Tensor, Tensor]:
+    """The predictions [N] for the frames and for the baseline alone."""
+    ones = torch.ones_like(seen.features[:, :1])
+    return _play(seen, target, ones), _play(seen, target, torch.zeros_like(ones))
+
+
+@torch.no_grad()
+def squared_error(
+    seen: View, attribution: Tensor, target: str, normalize: bool, samples: int = 8, seed: int = 0
+) -> Tensor:
+    """Captum's `infidelity` [N] of a map [N, h, w] over random masks of cells, the same for all."""
     from captum.metrics import infidelity as captum_infidelity
 
     game, features = CellGame(Head(seen.model, target)), seen.features
-    base = seen.baseline.expand_as(features)
-    ones = torch.ones_like(features[:, :1])
+    draw = torch.Generator().manual_seed(seed)
 
-    def error(attribution: Tensor, normalize: bool) -> Tensor:
-        draw = torch.Generator().manual_seed(seed)
+    def hide(mask: Tensor) -> tuple[Tensor, Tensor]:
+        share = torch.rand(len(mask), 1, 1, 1, generator=draw) / 2
+        hidden = (torch.rand(mask.shape, generator=draw) < share).to(mask)
+        return hidden, mask - hidden
 
-        def hide(mask: Tensor) -> tuple[Tensor, Tensor]:
-            share = torch.rand(len(mask), 1, 1, 1, generator=draw) / 2
-            hidden = (torch.rand(mask.shape, generator=draw) < share).to(mask)
-            return hidden, mask - hidden
+    return captum_infidelity(
+        game,
+        hide,
+        torch.ones_like(features[:, :1]),
+        attribution[:, None].to(features),
+        additional_forward_args=(features, seen.baseline.expand_as(features)),
+        n_perturb_samples=samples,
+        max_examples_per_batch=max(len(features), frames_at_once(seen.model)),
+        normalize=normalize,
+    ).cpu()
 
-        return captum_infidelity(
-            game,
-            hide,
-            ones,
-            attribution,
-            additional_forward_args=(features, base),
-            n_perturb_samples=samples,
-            max_examples_per_batch=max(len(features), frames_at_once(seen.model)),
-            normalize=normalize,
-        )
 
-    with torch.no_grad():
-        missed = error(grid[:, None].to(features), True)
-        return (missed / error(torch.zeros_like(ones), False).clamp_min(1e-20)).cpu()
+def infidelity(seen: View, grid: Tensor, target: str, change: Tensor | None = None) -> Tensor:
+    """Share [N] of the prediction's change under random hiding of cells that a map [N, h, w] fails
+    to predict: 0 predicts all of it, 1 nothing. `change`: the mean squared change, if known."""
+    if change is None:
+        change = mean_squared_change(seen, target)
+    return squared_error(seen, grid, target, True) / change.clamp_min(1e-20)
+
+
+def mean_squared_change(seen: View, target: str) -> Tensor:
+    """Mean squared change [N] of the prediction under the masks of `infidelity`."""
+    zero = seen.features.new_zeros(len(seen.features), *seen.features.shape[2:])
+    return squared_error(seen, zero, target, False)
 
 
 def sensitivity(
@@ -271,8 +289,9 @@ def score(
     `moved` [N, structures].
     """
     patient, scores, lines = seen.sample.patient, [], []
+    ends, change = whole_and_empty(seen, target), mean_squared_change(seen, target)
     for method, grid in grids.items():
-        share, hidden, shown = curves(seen, grid, target, points)
+        share, hidden, shown = curves(seen, grid, target, points, ends)
         scale = hidden[:, -1].mean()
         for kind, line in (("deletion", hidden / scale), ("insertion", shown / scale)):
             area = np.trapezoid(line, share, axis=1)
@@ -281,7 +300,7 @@ def score(
                 rows(patient, line[:, k], method=method, kind=kind, share=share[k])
                 for k in range(len(share))
             ]
-        missed = infidelity(seen, grid, target)
+        missed = infidelity(seen, grid, target, change)
         scores.append(rows(patient, missed, method=method, measure="infidelity"))
         if anatomy is not None:
             for measure, value in against_truth(grid, anatomy, moved).items():
