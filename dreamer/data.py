@@ -29,6 +29,7 @@ from dreamer.records import (
     count,
     find_patients,
     find_scans,
+    folds,
     load_reading,
     natural,
     patients_of,
@@ -287,22 +288,6 @@ def split_by_patient(
         )
     parts = [np.flatnonzero(np.isin(data.patient, groups[n])) for n in ("train", "val", "test")]
     return _without_leaks(data, Split(*parts, kind="patient"))
-
-
-def folds(
-    patients: Transitions | Mapping[str, str] | Iterable[str], k: int
-) -> list[dict[str, list[str]]]:
-    """`k` folds over patients, each {"val": [...], "test": [...]}: every patient is tested once.
-
-    `patients`: the data, a mapping scan -> patient (`find_patients`) or names. The patients of the
-    next fold validate. Raises ValueError unless 3 <= k <= number of patients.
-    """
-    if isinstance(patients, Transitions):
-        patients = patients.patient.tolist()
-    names = sorted(set(patients.values() if isinstance(patients, Mapping) else patients))
-    if not 3 <= k <= len(names):
-        raise ValueError(f"{k} folds need 3 or more, and at least as many patients ({len(names)})")
-    return [{"val": names[(n + 1) % k :: k], "test": names[n::k]} for n in range(k)]
 
 
 def split_by_blocks(data: Transitions, blocks: int = 30, gap: int = 2) -> Split:

@@ -10,6 +10,7 @@ Matrices [..., 4, 4] take points of the probe's marker into the frame of the tra
 pydicom, av and h5py (the extra `import`) are loaded where their format is read.
 """
 
+import importlib
 import io
 import json
 import logging
@@ -93,7 +94,7 @@ class Sweep:
 def _library(name: str):
     """An optional library, or ImportError with the command that installs it."""
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"{name} is needed: pip install -e '.[import]'") from error
 
@@ -104,8 +105,8 @@ def _library(name: str):
 def read_clip(source: str | Path, bits: int = 0, times: str = "", time_unit: str = "ms") -> Clip:
     """Frames of a folder of images or DICOM files, a video, a DICOM cine loop or a TIFF stack.
 
-    `bits` in use of 16-bit images. `times="name"`: file names are time stamps in `time_unit`; else
-    times are those of the video or DICOM file, if any. Raises ValueError for other files.
+    `bits` in use of 16-bit images. `times="name"`: file names end in time stamps in `time_unit`;
+    else times are those of the video or DICOM file, if any. Raises ValueError for other files.
     """
     source = Path(source)
     if source.is_dir():
@@ -121,10 +122,10 @@ def read_clip(source: str | Path, bits: int = 0, times: str = "", time_unit: str
     else:
         raise ValueError(f"images: {source.name} is no image, video or DICOM file")
     if times == "name":
-        stamps = [re.sub(r"[^\d.]", "", name) for name in clip.names]
-        if not all(re.fullmatch(r"\d+(\.\d+)?", stamp) for stamp in stamps):
+        numbers = [re.findall(r"\d+(?:\.\d+)?", name) for name in clip.names]
+        if not all(numbers):
             raise ValueError(f"images: {clip.names[0]} holds no time stamp; leave times empty")
-        seconds = np.array(stamps, float) * SECONDS[time_unit]
+        seconds = np.array([float(found[-1]) for found in numbers]) * SECONDS[time_unit]
         order = np.argsort(seconds, kind="stable")
         names = [clip.names[i] for i in order]
         return Clip(names, seconds[order], lambda i: clip.read(order[i]))
@@ -266,12 +267,13 @@ def read_track(
         valid &= _is_ok(_column(table, status), ok)
     split = len(position)
     pose, valid = _matrices(values[:, :split], values[:, split:], kind, valid, units)
-    return Track(
-        pose,
-        valid,
-        None if time is None else numbers([time])[:, 0] * SECONDS[time_unit],
-        None if frame is None else [Path(n.strip()).stem for n in _column(table, frame)],
-    )
+    times = names = None
+    if time is not None:
+        times = numbers([time])[:, 0] * SECONDS[time_unit]
+        valid &= np.isfinite(times)
+    if frame is not None:
+        names = [Path(name.strip()).stem for name in _column(table, frame)]
+    return Track(pose, valid, times, names)
 
 
 def _is_ok(status: pd.Series, ok: Sequence[str | int]) -> NDArray[np.bool_]:
@@ -501,6 +503,9 @@ def join(clip: Clip, track: Track, largest_gap: float = 0.05, delay: float = 0.0
     dropped = {"invalid samples": int((~track.valid).sum())}
     if track.names is not None:
         at = {track.names[i]: i for i in np.flatnonzero(track.valid)}
+        if len(at) < track.valid.sum():
+            twice = Counter(np.array(track.names)[track.valid].tolist()).most_common(1)[0][0]
+            raise ValueError(f"frame {twice} has two samples; match by time, or remove one")
         sample = np.array([at.get(name, -1) for name in clip.names])
     elif clip.times is not None and track.times is not None:
         frames = pd.DataFrame({"time": clip.times + delay, "frame": range(len(clip))})

@@ -15,12 +15,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import yaml
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dreamer import poses
 from dreamer.images import Reading
 
 log = logging.getLogger(__name__)
@@ -111,6 +108,20 @@ def load_reading(
     if os.environ.get("DREAMER_FOLLOW_LINKS") == "1":
         stated["follow_links"] = True
     return Reading(**(stated | dict(reading or {}))), patients
+
+
+def folds(patients: Any, k: int) -> list[dict[str, list[str]]]:
+    """`k` folds over patients, each {"test": [...], "val": [...]}: every patient is tested once.
+
+    `patients`: the data (`Transitions`), a mapping scan -> patient (`find_patients`) or names. The
+    patients of the next fold validate. Raises ValueError unless 3 <= k <= number of patients.
+    """
+    if isinstance(patients, Mapping):
+        patients = patients.values()
+    names = sorted({str(name) for name in getattr(patients, "patient", patients)})
+    if not 3 <= k <= len(names):
+        raise ValueError(f"{k} folds need 3 or more, and at least as many patients ({len(names)})")
+    return [{"test": names[n::k], "val": names[(n + 1) % k :: k]} for n in range(k)]
 
 
 def as_text(name: Any) -> str:
@@ -281,9 +292,13 @@ def report(found: Iterable[str], reading: Reading, problems: list[str]) -> None:
 
 def _check_actions(path: Path, vectors: NDArray, problems: list[str]) -> None:
     """`vectors` [N, 3, 6]: start, recorded action, end. One convention must fit all of a scan."""
+    import torch  # not above: the pipeline finds scans without it
+
+    from dreamer import poses
+
     start, action, end = torch.from_numpy(vectors).unbind(1)
 
-    def misfit(expected: Tensor) -> Tensor:
+    def misfit(expected):
         gap = action - expected
         return torch.cat((gap[:, :3], poses.wrap(gap[:, 3:])), 1).abs().amax(1)
 
@@ -299,6 +314,10 @@ def _check_actions(path: Path, vectors: NDArray, problems: list[str]) -> None:
 
 def _wrapped(path: Path, vectors: NDArray) -> NDArray:
     """Poses [N, 2, 6] with roll and yaw within -180 to 180 and pitch within -90 to 90 degrees."""
+    import torch
+
+    from dreamer import poses
+
     pose = torch.from_numpy(vectors[:, [0, 2]])
     wide = pose[..., 3:].abs() > 180
     wrapped = pose.clone()
@@ -333,7 +352,7 @@ def _image_paths(
     if linked and not follow_links:
         problems.append(
             f"{home}: {count(linked, 'image')} behind links out of the scan, for example "
-            f"{linked[0]}; where you trust them, read with follow_links: true"
+            f"{linked[0]}; where you trust them, set DREAMER_FOLLOW_LINKS=1"
         )
     return paths
 

@@ -311,9 +311,9 @@ def test_frames_without_content_may_be_in_two_parts(folder, caplog):
 def test_refuses_a_frame_with_two_poses(folder):
     edit(folder / "p1", 4, at1_6dof=[1.0, 2, 3, 20, 5, 6], action_change_6dof=[0.0] * 6,
          at2_6dof=[1.0, 2, 3, 20, 5, 6])  # fmt: skip
-    told = problems(folder)
-    assert "scan p1, frame frame_p1_0004: two poses, in record 3 and record 4" in told
-    assert "scan p1, frame frame_p1_0005: two poses, in record 4 and record 5" in told
+    message = problems(folder)
+    assert "scan p1, frame frame_p1_0004: two poses, in record 3 and record 4" in message
+    assert "scan p1, frame frame_p1_0005: two poses, in record 4 and record 5" in message
 
 
 def test_a_pose_in_other_numbers_is_the_same_pose(folder):
@@ -342,9 +342,9 @@ def test_refuses_two_images_that_differ_in_their_folder_alone(folder):
 
 def test_refuses_a_scan_under_two_names(folder, caplog):
     shutil.copytree(folder / "p1", folder / "copy")
-    told = problems(folder)
-    assert "scans copy and p1 share 13 images, for example frame frame_p1_0000 and frame" in told
-    assert "belong" not in told and "one patient (now copy and p1)" in told
+    message = problems(folder)
+    assert "scans copy and p1 share 13 images, for example frame frame_p1_0000 and frame" in message
+    assert "belong" not in message and "one patient (now copy and p1)" in message
     same = {"p0": "A", "p1": "B", "p2": "C", "p3": "D", "copy": "B"}
     assert "scans copy and p1 share 13 images" in problems(folder, patients=same)
     assert len(Transitions(folder, reading={"force": True})) == 60
@@ -372,8 +372,8 @@ def test_warns_of_single_images_that_scans_of_one_patient_share(folder, caplog):
 
 def test_refuses_a_missing_image(folder):
     next((folder / "p0" / "ft2").glob("*0004.png")).unlink()
-    told = problems(folder)
-    assert "1 problem\n" in told and "_0004.png: image missing" in told
+    message = problems(folder)
+    assert "1 problem\n" in message and "_0004.png: image missing" in message
 
 
 def test_refuses_an_image_that_does_not_decode(folder):
@@ -409,9 +409,11 @@ def test_links_out_of_a_scan_are_followed_on_request(folder, tmp_path):
     for number, file in enumerate(sorted((folder / "p1").rglob("*.png"))):
         shutil.move(file, store / f"{number}")
         file.symlink_to(store / f"{number}")
-    told = problems(folder)
-    assert "p1: 24 images behind links out of the scan, for example ft1\\frame_p1_0000.png" in told
-    assert "follow_links: true" in told
+    message = problems(folder)
+    assert (
+        "p1: 24 images behind links out of the scan, for example ft1\\frame_p1_0000.png" in message
+    )
+    assert "DREAMER_FOLLOW_LINKS=1" in message
     assert np.array_equal(Transitions(folder, reading={"follow_links": True}).frames, before)
     shutil.move(folder / "p2" / "ft1", store / "ft1")  # a whole folder behind a link
     (folder / "p2" / "ft1").symlink_to(store / "ft1")
@@ -433,8 +435,8 @@ def test_lists_the_first_ten_problems_and_counts_all(folder):
     for number in range(12):
         edit(folder / "p1", number, at1_6dof=[0])
     (folder / "p3" / "transitions_dataset.json").write_text("[")
-    told = problems(folder)
-    assert "13 problems" in told and told.count("\n  - ") == 10 and "and 3 more" in told
+    message = problems(folder)
+    assert "13 problems" in message and message.count("\n  - ") == 10 and "and 3 more" in message
 
 
 # The real scan

@@ -308,6 +308,13 @@ def test_folders_are_read_in_the_order_of_numbers(tmp_path, caplog):
         read_clip(folder)
 
 
+def test_time_stamps_are_the_last_number_of_a_file_name(tmp_path):
+    for stamp in (1500, 250, 3000.5):
+        Image.new("L", (4, 4)).save(tmp_path / f"sweep2_{stamp}.png")
+    clip = read_clip(tmp_path, times="name")
+    assert clip.times.tolist() == [0.25, 1.5, 3.0005] and clip.names[0] == "sweep2_250"
+
+
 def test_file_names_without_a_number_are_no_time_stamps(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "left.png")
     with pytest.raises(ValueError, match="left holds no time stamp"):
@@ -630,6 +637,19 @@ def test_samples_out_of_order_and_invalid_ones_are_passed_over():
     joined = join(clip_of(sweep, sweep.times), track, largest_gap=0.01)
     assert joined.index.tolist() == [0, 1, 3, 4, 5]
     np.testing.assert_array_equal(joined.pose, matrices(sweep)[[0, 1, 3, 4, 5]])
+
+
+def test_a_frame_with_two_samples_is_refused(tmp_path):
+    file = log(tmp_path, HEADER + "0,1,2,3,0,0,0,1,OK,f_1.png\n1,2,2,3,0,0,0,1,OK,f_1.png\n")
+    track = read_track(file, POSITION, QUATERNION, "xyzw", frame="image")
+    with pytest.raises(ValueError, match="frame f_1 has two samples"):
+        join(Clip(["f_1", "f_2"], None, None), track)
+
+
+def test_samples_without_a_time_are_not_valid(tmp_path):
+    file = log(tmp_path, HEADER + "0,1,2,3,0,0,0,1,OK,a\n,2,2,3,0,0,0,1,OK,b\n")
+    track = read_track(file, POSITION, QUATERNION, "xyzw", time="t")
+    assert track.valid.tolist() == [True, False]
 
 
 def test_what_does_not_correspond_is_refused():
