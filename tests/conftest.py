@@ -68,8 +68,8 @@ def page(tmp_path_factory):
     """A small page with a figure, verdicts, a short and a long table and a notebook."""
     import matplotlib.pyplot as plt
 
-    from dreamer.plots import save
     from dreamer.page import write_page
+    from dreamer.plots import save
 
     folder = tmp_path_factory.mktemp("page")
     fig, axis = plt.subplots(figsize=(8, 3))

@@ -189,7 +189,7 @@ def test_bad_input_is_refused(call, words):
 
 
 def test_configuration_refuses_nonsense():
-    for wrong in ({"step": 3}, {"limit_mm": 0}, {"nearest_mm": 40}):
+    for wrong in ({"step": 3}, {"limit_mm": 0}, {"limit_deg": 120}):
         with pytest.raises(ValidationError):
             NavigationConfig(**wrong)
     with pytest.raises(gymnasium.error.ResetNeeded):

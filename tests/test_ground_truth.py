@@ -25,7 +25,8 @@ def made():
     labels[0, 2:, :2], labels[0, 2:, 2:] = 5, 4
     gone = {name: (np.array([0]), 10 * (labels == 1 + NAMES.index(name))[None].to(torch.uint8))
             for name in ("left_ventricle", "septum", "left_atrium", "lung")}  # fmt: skip
-    return truth.Truth(labels, NAMES, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), gone)
+    visible = torch.ones_like(labels, dtype=torch.bool)
+    return truth.Truth(labels, visible, NAMES, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), gone)
 
 
 def test_scores_of_a_made_map(made):
@@ -104,15 +105,10 @@ def test_relevance_by_structure(made):
     assert "mitral_valve" not in table["relevance"] and list(table["effect"].index) == ["septum"]
 
 
-def test_what_lies_behind_a_rib_is_in_its_shadow():
-    labels = torch.ones(1, 56, 56, dtype=torch.uint8)
-    labels[0, 20, 26:30] = 6
-    dark = truth.shadow(labels, 6)[0]
-    assert dark[30:, 28].all() and not dark[:20].any()
-    assert not dark[40, 10] and not dark[40, 45]
-    known = truth.Truth(labels, NAMES, labels[:, None], {})
-    filled = truth.anatomy(known, (7, 7)).filled[0, 0]
-    assert filled[0, 0] == 1 and filled[5, 3] < 0.5
+def test_shadowed_pixels_count_for_no_structure(made):
+    visible = made.visible.clone()
+    visible[0, :2, 1] = False  # half of the ventricle's cell
+    assert truth.anatomy(made._replace(visible=visible), (2, 2)).filled[0, 0, 0, 0] == 0.5
 
 
 @pytest.fixture(scope="module")

@@ -1,33 +1,25 @@
-"""A virtual patient: implicit shapes that beat, and where the standard planes lie in them.
+"""The heart of a virtual patient: implicit shapes that beat.
 
 Heart frame, mm: origin at the endocardial apex of the left ventricle, z along its long axis to the
-mitral annulus, x to the lateral wall, y to the inferior wall (the aorta lies at -y). All anatomy is
-drawn at end diastole; `motion` maps a point of the beating heart to the material point it shows,
-so that shapes, muscle and speckle move together.
+mitral annulus, x to the lateral wall, y to the inferior wall. Two more axes belong to the
+parasternal window: `deep`, from the chest to the inferolateral wall, and `side`, to the right of a
+short-axis image. All shapes are given at end diastole; `motion` maps a point of the beating heart
+to the material point it shows, so that shapes, muscle and speckle move together.
 
-Distributions (mean, SD) of adults, women / men:
-- LV end-diastolic diameter 45.0, 3.6 / 50.2, 4.1 mm; ejection fraction 64, 5 / 62, 5 %; septum and
-  wall 6-9 / 6-10 mm; RV basal diameter 33, 4, mid 27, 4, length 71, 6 mm; aortic sinus 30, 3 /
-  34, 3 mm: Lang et al., "Recommendations for cardiac chamber quantification", J Am Soc
-  Echocardiogr 2015;28:1-39, tables 2, 6, 8 and 14.
-- Mitral annular descent 12-15 mm, tricuspid annulus nearer the apex by less than 8 mm per m2:
-  common echocardiographic reference values (TAPSE over 17 mm; Ebstein's criterion).
-- Fibre angle +60 degrees at the endocardium to -60 at the epicardium: Streeter et al., Circ Res
-  1969;24:339-347.
-- LV length, atria, wall layers, rib spacing, heart axis: our choice, in the normal range, and set
-  beside a real apical scan. How close a target plane lies to its landmarks is our choice too.
+Septal and free-wall muscle have the same fibres: +60 degrees at the endocardium to -60 at the
+epicardium (Streeter et al., Circ Res 1969;24:339-347). Leaflet lengths: anterior mitral 22 to 25
+mm, posterior 10 to 14 mm (Lang et al. 2015, see `patient`); other shapes are our choice.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-
-from dreamer import poses
 
 STRUCTURES = (
     "left_ventricle",
@@ -48,24 +40,54 @@ STRUCTURES = (
     "liver",
     "chest_wall",
     "ribs",
+    "interatrial_septum",
+    "pulmonary_valve",
+    "pulmonary_artery",
+    "descending_aorta",
+    "chordae",
 )
 LABEL = {name: number for number, name in enumerate(STRUCTURES, 1)}  # 0 is outside the sector
-TARGETS = {  # the literature's names
+TARGETS = {  # the names in the literature
     "a4c": "apical four-chamber",
     "plax": "parasternal long axis",
     "psax-av": "parasternal short axis, aortic valve",
     "psax-mv": "parasternal short axis, mitral valve",
 }
-VALVES = ("mitral_valve", "tricuspid_valve", "aortic_valve")
+CUSP_HEIGHT = 10.0  # mm, from the nadir of an aortic cusp to its closure
+FAR = 50.0  # mm, a distance at which nothing is drawn
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is drawn of a patient, in mm but for `ejection_fraction` and `rib_angle` (degrees)."""
+
+    male: bool
+    lv_diameter: float
+    lv_length: float
+    wall: float
+    ejection_fraction: float
+    descent: float  # of the mitral annulus in systole
+    rv_basal: float
+    rv_length: float
+    tricuspid_offset: float  # tricuspid annulus nearer to the apex than the mitral one
+    la_length: float
+    la_width: float
+    ra_length: float
+    ra_width: float
+    aortic_sinus: float
+    skin_to_heart: float
+    rib_gap: float
+    rib_angle: float
+    lung_edge: float  # how far the lung's edge lies from the apex
 
 
 class Scene(NamedTuple):
     """Fields over sample points, all of one shape.
 
     `label` uint8 (1 + index in STRUCTURES); signed distances in mm, below zero inside: `blood`
-    (any lumen), `heart` (outer surface), `wall` (left ventricular epicardium), `border` (lung or
-    liver); `depth` 0 at the endocardium to 1 at the epicardium; `texture` slow variation about
-    zero; `material` the three material coordinates, mm.
+    (any lumen), `heart` (outer surface), `border` (lung or liver). `depth` is 0 at the endocardium
+    and 1 at the epicardium, `texture` a slow variation about zero, `skeleton` 1 and up to 2 at the
+    fibrous rings of the valves; `material` coordinates, mm.
     """
 
     label: Tensor
@@ -74,378 +96,464 @@ class Scene(NamedTuple):
     border: Tensor
     depth: Tensor
     texture: Tensor
+    skeleton: Tensor
     material: tuple[Tensor, Tensor, Tensor]
 
 
-def _smooth_min(a: Tensor, b: Tensor, k: float) -> Tensor:
+class Ellipsoid(NamedTuple):
+    """Where `rows` @ point + `shift` has length 1; `radius`, mm, scales it to a distance."""
+
+    rows: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    radius: float
+
+
+class Tube(NamedTuple):
+    start: NDArray[np.float64]
+    end: NDArray[np.float64]
+    radius: float
+
+
+class Valve(NamedTuple):
+    """Two leaflets that meet in a straight line, or three cusps, mm.
+
+    `axis` points where the blood goes, `across` at right angles to the line in which the leaflets
+    meet; the annulus is an ellipse with half-axes `half_width` (across) and `half_length`.
+    `meeting`: where they meet, from the centre; `tent`: how far down the axis.
+    """
+
+    centre: NDArray[np.float64]
+    axis: NDArray[np.float64]
+    across: NDArray[np.float64]
+    half_width: float
+    half_length: float
+    meeting: float = 0.0
+    tent: float = 0.0
+    thickness: float = 1.0
+
+
+def unit(vector: ArrayLike) -> NDArray[np.float64]:
+    vector = np.asarray(vector, float)
+    return vector / np.linalg.norm(vector)
+
+
+def ellipsoid(centre: ArrayLike, radii: ArrayLike) -> Ellipsoid:
+    centre, radii = np.asarray(centre, float), np.asarray(radii, float)
+    return Ellipsoid(np.diag(1 / radii), -centre / radii, float(radii.mean()))
+
+
+def smooth_min(a: Tensor, b: Tensor, k: float) -> Tensor:
     """Union of two distances, rounded over `k` mm (polynomial smooth minimum)."""
     h = (k - (a - b).abs()).clamp_(min=0)
     return torch.minimum(a, b).sub_(h.mul_(h).mul_(0.25 / k))
 
 
-class Patient:
-    """One virtual adult, fixed by `seed` (an integer, or integers such as (seed, number)).
+class LinearForms:
+    """Linear forms of a point, kept by name, all evaluated in one matrix product."""
 
-    `size` holds the drawn measures (mm, degrees, fractions), `gain` and `dynamic_range` (dB) the
-    machine's settings. The same seed gives the same patient on every machine.
-    """
+    def __init__(self):
+        self.rows, self.shift, self.place = [], [], {}
 
-    def __init__(self, seed: int | Sequence[int]):
-        self.seed = seed
-        rng = np.random.default_rng(seed)
+    def add(self, name: str, rows: ArrayLike, shift: ArrayLike) -> None:
+        self.place[name] = slice(len(self.rows), len(self.rows) + len(rows))
+        self.rows += list(rows)
+        self.shift += list(shift)
 
-        def normal(mean: float, sd: float, spread: float = 2.0) -> float:
-            return float(mean + sd * np.clip(rng.standard_normal(), -spread, spread))
+    def add_tube(self, name: str, tube: Tube) -> None:
+        along = unit(tube.end - tube.start)
+        shift = [-along @ tube.start, tube.start @ tube.start]
+        self.add(name, [along, -2 * tube.start], shift)
 
-        male = bool(rng.random() < 0.5)
-        s = self.size = {
-            "male": male,
-            "lv_diameter": normal(50.2, 4.1) if male else normal(45.0, 3.6),
-            "lv_length": normal(86, 4) if male else normal(80, 4),
-            "wall": normal(8.6, 0.9) if male else normal(7.8, 0.8),
-            "ejection_fraction": normal(0.62, 0.05) if male else normal(0.64, 0.05),
-            "descent": normal(13.0, 1.5),
-            "rv_basal": normal(33, 4),
-            "rv_length": normal(71, 5),
-            "tricuspid_offset": normal(7, 1.2),
-            "la_length": normal(44, 4),
-            "la_width": normal(39, 3),
-            "ra_length": normal(45, 4),
-            "ra_width": normal(40, 3),
-            "aortic_sinus": normal(34, 3) if male else normal(30, 3),
-            "skin_to_heart": normal(17, 1.8),
-            "rib_gap": normal(14.0, 0.8),
-            "rib_angle": normal(30, 4),
-        }
-        self.gain = normal(0, 2.0)
-        self.dynamic_range = normal(62, 2.5)
-        self.clutter = float(10 ** (normal(0, 3.5) / 20))
-        self.noise = float(10 ** (normal(0, 2.0) / 20))
-        self.ties = {
-            name: [normal(0, 1.0, 2.5) for _ in range(3)] + [normal(0, 1.2, 2.5) for _ in range(3)]
-            for name in TARGETS
-        }
-        self.lingula = normal(10.5, 1.0)
-        self.hash = int(rng.integers(1, 2**31 - 1))
+    def at(self, points: Tensor) -> dict[str, Tensor]:
+        """Values [N, rows, P] by name at homogeneous points [N, 4, P] (x, y, z, 1)."""
+        matrix = np.column_stack((np.array(self.rows), self.shift))
+        values = torch.matmul(torch.tensor(matrix).to(points), points)
+        return {name: values[:, place] for name, place in self.place.items()}
+
+
+def tube_distance(forms: Tensor, square: Tensor, tube: Tube) -> Tensor:
+    """Distance to a tube from its two forms and the points' squared distance to the origin."""
+    along, start = forms.unbind(1)
+    inside = along.clamp(0, float(np.linalg.norm(tube.end - tube.start)))
+    apart = (square + start).addcmul_(inside, inside - 2 * along)
+    return apart.clamp_(min=0).sqrt_().sub_(tube.radius)
+
+
+def two_leaflets(
+    across: Tensor, along: Tensor, height: Tensor, opening: Tensor, valve: Valve
+) -> Tensor:
+    """Distance to two leaflets that swing about the annulus, at points in the valve's own axes."""
+    chord = (1 - (along / valve.half_length) ** 2).clamp(min=1e-4).sqrt()
+    found = []
+    for sign in (-1, 1):
+        reach = valve.half_width - sign * valve.meeting
+        closed, opened = math.atan2(valve.tent, reach), 1.3
+        length = chord * (math.hypot(reach, valve.tent) + 1.0)
+        angle = closed + opening * (opened - closed)
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        inward = chord * valve.half_width - sign * across
+        down = inward * cos + height * sin
+        part = torch.minimum(down.clamp(min=0), length)
+        belly = part / length
+        off = height * cos - inward * sin + 6.0 * belly * (1 - belly)
+        found.append(torch.hypot(down - part, off))
+    outside = (along.abs() - valve.half_length).clamp(min=0)
+    return torch.minimum(*found) + outside - valve.thickness
+
+
+def three_cusps(
+    across: Tensor, along: Tensor, height: Tensor, opening: Tensor, valve: Valve
+) -> Tensor:
+    """Distance to three cusps that close in a three-pointed star, in the valve's own axes."""
+    facing = [
+        across * math.cos(angle) + along * math.sin(angle)
+        for angle in (math.pi + 0.25, 0.25 + math.pi / 3, 0.25 - math.pi / 3)
+    ]
+    middle = reduce(torch.maximum, facing)
+    beside = (across**2 + along**2 - middle**2).clamp(min=0).sqrt()
+    inward = 0.866 * middle - 0.5 * beside  # distance from the closure lines
+    wall = 0.866 * valve.half_width
+    edge = opening * (0.72 * wall)
+    slope = torch.hypot(wall - edge, torch.full_like(edge, CUSP_HEIGHT))
+    cos, sin = (wall - edge) / slope, CUSP_HEIGHT / slope
+    up = (wall - inward) * cos + height * sin
+    part = torch.minimum(up.clamp(min=0), slope)
+    off = height * cos - (wall - inward) * sin
+    belly = torch.hypot(up - part, off + 5.0 * (part / slope) * (1 - part / slope))
+    closure = torch.hypot(inward - edge, height - height.clamp(CUSP_HEIGHT - 4, CUSP_HEIGHT))
+    return torch.minimum(belly, closure) - valve.thickness
+
+
+class Heart:
+    """The shapes of one heart, made from its measures and a random generator."""
+
+    deep = unit([0.5, math.sqrt(0.75), 0.0])
+    side = unit([math.sqrt(0.75), -0.5, 0.0])
+
+    def __init__(self, size: Measures, rng: np.random.Generator):
+        self.size = size
         # Slow waves, 1 / mm, that make every shape irregular.
         self.waves = np.clip(rng.normal(0, 1, (3, 3)), -1.6, 1.6) * 2 * math.pi / 90
         self.wave_phase = rng.uniform(0, 2 * math.pi, 3)
-        self.ripples = rng.uniform(0, 2 * math.pi, 8)
-        length = s["lv_length"]
-        self.a0, self.zc = s["lv_diameter"] / 2, 0.58 * length
-        base = self.a0 * math.sqrt(1 - ((length - self.zc) / self.zc) ** 2)
-        self.annulus = base + 1.0  # radius, mm
-        squeeze = 1 - s["descent"] / length
-        shrink = math.sqrt((1 - s["ejection_fraction"]) / squeeze)
-        self.kappa = (1 - shrink**2) / self._reach((shrink * self.a0) ** 2)
-        self._shapes(normal)
+        self.radius, self.centre = size.lv_diameter / 2, 0.58 * size.lv_length
+        self.epicardium = self.radius + size.wall
+        self.front = self.epicardium + 0.62 * size.rv_basal + 4  # heart's surface to its axis, mm
+        squeeze = 1 - size.descent / size.lv_length
+        self.shrink2 = 0.89 * (1 - size.ejection_fraction) / squeeze  # 0.89: the base narrows less
+        reach = 1 / (1 + (self.shrink2 * self.radius**2 / 45**2) ** 2)
+        self.kappa = (1 - self.shrink2) / reach
+        self._valves()
+        self._chambers(rng)
+        self._forms()
 
-    @staticmethod
-    def _reach(r2):
-        """How far from the axis the radial motion reaches: 1 in the ventricle, 0 far away."""
-        return 1 / (1 + (r2 * (1 / 45**2)) ** 2)
+    def at(self, deep: float, side: float, z: float) -> NDArray[np.float64]:
+        """A point given along the axes of the parasternal window."""
+        return self.deep * deep + self.side * side + [0, 0, z]
 
-    def _shapes(self, normal) -> None:
-        s, length, a = self.size, self.size["lv_length"], self.a0
-        wall, zt = s["wall"], length - s["tricuspid_offset"]
-        septal = -(self.annulus + 6)
-        root, ra = s["aortic_sinus"] / 2, s["ra_width"] / 2
-        out = np.array([-0.5, -0.87, 0.0])  # from the mitral annulus to the aortic root
-        valve = out * (0.62 * self.annulus + root * 0.62) + [0, 0, length + 1]
-        up = np.array([-0.05, -0.42, 0.9])
-        self.aortic = (valve, up / np.linalg.norm(up), root * 0.82)
-        la_l, la_r, ra_l = s["la_length"], s["la_width"] / 2, s["ra_length"]
-        back = length + la_l
-        # fmt: off
-        self.ellipsoids = {  # centre, radii, mm
-            "rv": ((septal - 3.5 - normal(0, 1), -13, zt - 14),
-                   (s["rv_basal"] + 1, 29, s["rv_length"] - 16)),
-            "la": ((1 + normal(0, 1.2), 1, length + 0.36 * la_l), (la_r, la_r - 1, 0.64 * la_l)),
-            # The left appendage reaches forward and to the side.
-            "la_lobe": ((17 + normal(0, 1), -15 + normal(0, 1), length + 0.22 * la_l),
-                        (13, 12, 0.26 * la_l)),
-            "ra": ((septal - ra + 3, -3, zt + 0.33 * ra_l), (ra, ra, 0.66 * ra_l)),
-            "ra_lobe": ((septal - ra - 3, -14 + normal(0, 1), zt + 0.4 * ra_l),
-                        (ra - 3, ra - 2, 0.45 * ra_l)),
-            "liver": ((-20 + normal(0, 3), 120 + normal(0, 2), 62), (92, 92, 92)),
-        }
-        self.tubes = {  # from, to, radius, mm
-            "aorta": (valve, valve + up * 90, root * 0.95),
-            "lvot": (valve - up * 12, valve, root * 0.72),
-            "rvot": ((-30, -30, length - 32), (2, -46, length + 14), 12.5),
-            "vein_1": ((6, 6, back - 12), (24, 16, back + 30), 6.0),
-            "vein_2": ((-4, -8, back - 12), (-14, -26, back + 28), 5.5),
-            "svc": ((septal - 22, -12, zt + 22), (septal - 14, -70, zt + 38), 8.5),
-            "ivc": ((septal - 16, 14, zt + 24), (septal - 14, 70, zt + 24), 9.5),
-            "descending": ((22, -90, back + 16), (13 + normal(0, 1.5), 90, back + 6), 11.5),
-            "sinus": ((-22, 21, length + 4), (24, 17, length + 8), 4.2),
-            "pap_1": ((0.84 * a, -0.56 * a, 0.32 * length),
-                      (0.5 * a, -0.42 * a, 0.62 * length), 5.2),
-            "pap_2": ((-0.2 * a, 0.96 * a, 0.32 * length),
-                      (-0.1 * a, 0.6 * a, 0.62 * length), 5.6),
-            "band": ((-a - wall, -4, 0.36 * length), (-a - wall - 26, -14, 0.5 * length), 2.3),
-        }
-        # fmt: on
-        self.tricuspid = np.array([septal - ra + 4.0, 0, zt])
-        # hinge's centre and axis (into the outflow), radius, the longer leaflet's side and share
+    def _valves(self) -> None:
+        size, length = self.size, self.size.lv_length
+        base = self.radius * math.sqrt(1 - ((length - self.centre) / self.centre) ** 2)
+        annulus = 0.36 * size.aortic_sinus  # radius of the aortic annulus
+        mitral_width, self.mitral_shift = 0.9 * base, 0.16 * base
+        aortic = self.at(self.mitral_shift - mitral_width - annulus + 2.5, 0.0, length + 1)
+        root = unit(self.at(-0.30, -0.20, 0.92))
+        self.annulus, self.sinus = annulus, size.aortic_sinus / 2
+        self.junction = 0.44 * size.aortic_sinus
+        crux, tricuspid = -(base + 0.85 * size.wall), length - size.tricuspid_offset
+        self.crux = crux
+        ring = 0.48 * size.rv_basal
+        self.inlet = unit([0.12, 0.5, 1.0])  # normal of the tricuspid annulus, towards the atrium
+        hinge = np.array([crux - 1, 6.0, tricuspid])
+        self.inlet_shift = float(self.inlet @ hinge)
+        middle = np.array([crux - 1 - ring, 2.0, 0.0])
+        middle[2] = (self.inlet_shift - self.inlet[:2] @ middle[:2]) / self.inlet[2]
+        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 7)
+        trunk = unit(self.at(0.88, 0.16, 0.42))
         self.valves = {
-            "mitral_valve": ((0, 0, length), (0, 0, -1), self.annulus, (-0.5, -0.87, 0), 0.25),
-            "tricuspid_valve": (self.tricuspid, (0.1, 0, -0.995), 15.5, (0.6, -0.8, 0), 0.2),
-            "aortic_valve": (*self.aortic, (1.0, 0, 0), 0.0),
-        }
-        # Every shape is read off linear forms of the point: one matrix product for all.
-        rows, shift = [], []
-        for centre, radii in self.ellipsoids.values():
-            rows += list(np.diag(1 / np.array(radii)))
-            shift += list(-np.array(centre) / radii)
-        for start, end, _ in self.tubes.values():
-            start, end = np.asarray(start, float), np.asarray(end, float)
-            along = (end - start) / np.linalg.norm(end - start)
-            rows += [along, -2 * start]
-            shift += [-along @ start, start @ start]
-        for centre, axis, ring, longer, uneven in self.valves.values():
-            centre = np.asarray(centre, float) - np.array(longer) * uneven * ring
-            rows += [-2 * centre, np.asarray(axis, float), np.array(longer, float)]
-            shift += [centre @ centre, -np.dot(axis, centre), -np.dot(longer, centre)]
-        self._rows = torch.tensor(np.array(rows), dtype=torch.float32)
-        self._shift = torch.tensor(np.array(shift), dtype=torch.float32)
+            "mitral_valve": Valve(
+                self.deep * self.mitral_shift + [0, 0, length], np.array([0, 0, -1.0]), self.deep,
+                mitral_width, 1.2 * base, 0.28 * mitral_width, 6.0,
+            ),
+            "tricuspid_valve": Valve(
+                middle, -self.inlet, np.array([-1.0, 0, 0.12]) / math.hypot(1, 0.12), ring, 18.0,
+                -0.25 * ring, 4.0, 0.9,
+            ),
+            "aortic_valve": Valve(
+                aortic, root, unit(self.deep - root * (root @ self.deep)), annulus, annulus,
+                thickness=0.75,
+            ),
+            "pulmonary_valve": Valve(
+                pulmonary, trunk, unit(self.side - trunk * (trunk @ self.side)), 11.5, 11.5, 0.0,
+                5.0, 0.75,
+            ),
+        }  # fmt: skip
 
-    def place(self, target: str) -> Tensor:
-        """The rigid transform [4, 4] from the target plane's probe frame to the heart frame, mm."""
-        length, far = self.size["lv_length"], self.size["skin_to_heart"] + 8.0
-        axis = np.array([0.0, 0.0, 1.0])
-        u = np.array([0.5, 0.87, 0.0]) / math.hypot(0.5, 0.87)  # parasternal beam: to inferolateral
-        side, front = np.array([u[1], -u[0], 0.0]), far + 28 + self.a0  # behind the right ventricle
-        look, right, point, depth = {
-            "a4c": (axis, np.array([1.0, 0, 0]), np.array([-3.0, 0, 0]), far),
-            "plax": (u, axis, axis * (length - 8) - u * 4, front),
-            "psax-mv": (u, side, axis * (length - 9), front),
-            "psax-av": (u, side, np.array([-4.0, 0, self.aortic[0][2] + 4]), front),
-        }[target]
-        frame = np.eye(4)
-        frame[:3, 0], frame[:3, 1], frame[:3, 2] = right, np.cross(look, right), look
-        frame[:3, 3] = point - look * depth
-        tie = torch.tensor(self.ties[target], dtype=torch.float64)
-        return torch.from_numpy(frame) @ poses.to_matrix(tie)
+    def _chambers(self, rng: np.random.Generator) -> None:
+        size, length = self.size, self.size.lv_length
+        tricuspid = length - size.tricuspid_offset
+        shift = np.clip(rng.standard_normal(4), -2, 2)
+        # The right ventricle wraps the septum: an ellipsoid that leans towards the apex.
+        out, beside = unit([-0.94, -0.34, 0.0]), unit([-0.34, 0.94, 0.0])
+        lean, offset = 0.24, 0.64 * self.epicardium + shift[0]
+        radii = np.array([size.rv_basal + 7.0, 1.06 * self.epicardium, 0.73 * size.rv_length])
+        rows = np.array([out - [0, 0, lean], beside, [0, 0, 1.0]]) / radii[:, None]
+        point = out * offset + [0, 0, tricuspid - 8]
+        middle = np.array([rows[0] @ point, 0.0, (tricuspid - 0.27 * size.rv_length) / radii[2]])
+        la, ra, crux = size.la_width / 2, size.ra_width / 2, self.crux
+        aorta, trunk = self.valves["aortic_valve"], self.valves["pulmonary_valve"]
+        self.ellipsoids = {
+            "rv": Ellipsoid(rows, -middle, float(radii.mean())),
+            "inflow": ellipsoid((crux - 0.5 * size.rv_basal, 1, tricuspid - 10),
+                                (0.55 * size.rv_basal, 19, 27)),
+            "la": ellipsoid((crux + 0.80 * la + 2, 8 + shift[1], length + 0.36 * size.la_length),
+                            (1.20 * la, 0.88 * la, 0.64 * size.la_length)),
+            "ra": ellipsoid((crux - 0.86 * ra, 3 + shift[2], tricuspid + 0.36 * size.ra_length),
+                            (1.18 * ra, 1.1 * ra, 0.64 * size.ra_length)),
+            "liver": ellipsoid((-52 + 3 * shift[3], 118, 42), (88, 88, 88)),
+        }  # fmt: skip
+        wall, back = self.epicardium, self.at(self.epicardium + 14, -6 + 2 * shift[3], length + 14)
+        down = unit(self.at(0.05, 0.58, 0.81))
+        self.tubes = {
+            "outlet": Tube(aorta.centre - aorta.axis * 9, aorta.centre, self.annulus + 0.5),
+            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 12), trunk.centre, 13.5),
+            "trunk": Tube(trunk.centre, trunk.centre + trunk.axis * 42, 12.0),
+            "descending": Tube(back - down * 90, back + down * 90, 11.0),
+            "band": Tube(np.array([-wall, -2, 0.42 * length]),
+                         np.array([-wall - 26, -14, 0.55 * length]), 2.2),
+        }  # fmt: skip
+        # Papillary muscles stand on the wall and shrink with the cavity, in its relative frame.
+        tips = {"anterolateral": (0.45, 0.89), "posteromedial": (0.60, -0.80)}
+        self.papillary, self.cords = {}, {}
+        for name, (deep, side) in tips.items():
+            root = self.at(0.92 * self.radius * deep, 0.92 * self.radius * side, 0.33 * length)
+            tip = self.at(0.56 * self.radius * deep, 0.56 * self.radius * side, 0.60 * length)
+            self.papillary[name] = Tube(root, tip, 4.2)
+            for k, edge in enumerate((0.0, 9.0)):
+                leaf = self.at(self.mitral_shift + edge - 1, side * 9.0, length - 9.0)
+                self.cords[f"{name}_{k}"] = Tube(tip, leaf, 0.55)
 
-    def beat(self, phase: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Contraction, mitral opening and aortic opening, each in [0, 1], at phases of the cycle.
-
-        Phase 0 is end diastole; end systole is at 0.36; filling has an early and an atrial wave.
-        """
-        phase = torch.remainder(phase, 1.0)
-
-        def rise(start: float, end: float) -> Tensor:
-            return torch.sin(((phase - start) / (end - start)).clamp(0, 1) * (math.pi / 2)) ** 2
-
-        squeeze = rise(0.0, 0.36) - 0.82 * rise(0.40, 0.60) - 0.18 * rise(0.84, 1.0)
-        mitral = rise(0.40, 0.46) - 0.55 * rise(0.52, 0.64) + 0.3 * rise(0.80, 0.86)
-        mitral = mitral - 0.75 * rise(0.92, 1.0)
-        aortic = rise(0.04, 0.09) - rise(0.33, 0.38)
-        return squeeze, mitral.clamp(0, 1), aortic.clamp(0, 1)
+    def _forms(self) -> None:
+        self.body, self.cavity, self.leaflets = LinearForms(), LinearForms(), LinearForms()
+        for name, shape in self.ellipsoids.items():
+            self.body.add(name, shape.rows, shape.shift)
+        for name, tube in self.tubes.items():
+            self.body.add_tube(name, tube)
+        for name, valve in self.valves.items():
+            forms = self.leaflets if name == "mitral_valve" else self.body
+            rows = [valve.across, np.cross(valve.axis, valve.across), valve.axis]
+            forms.add(name, rows, [-row @ valve.centre for row in rows])
+        rows = [self.inlet, self.deep, [0.95, 0.3, 0.0]]
+        self.body.add("planes", rows, [-self.inlet_shift, 0.0, 0.0])
+        for name, tube in (self.papillary | self.cords).items():
+            self.cavity.add_tube(name, tube)
 
     def motion(self, x: Tensor, y: Tensor, z: Tensor, squeeze: Tensor) -> tuple[Tensor, ...]:
         """The material (end-diastolic) coordinates, mm, seen at heart-frame points x, y, z.
 
         The base descends by `descent`, and rings of muscle keep their area, so that walls thicken.
         """
-        length, hold = self.size["lv_length"], self.size["la_length"] + 8.0
-        drop = self.size["descent"] * squeeze
+        length, hold = self.size.lv_length, self.size.la_length + 8.0
+        drop = self.size.descent * squeeze
         r2 = torch.addcmul(x * x, y, y)
-        reach = self._reach(r2)
+        reach = 1 / (1 + (r2 * (1 / 45**2)) ** 2)
         first = z * (length / (length - drop))
         second = (z - (length - drop)).mul_(hold / (hold + drop)).add_(length)
         zr = torch.maximum(z, torch.minimum(first, second)).sub_(z)
         weight = 1 / (1 + (r2 * (1 / 75**2)) ** 2)
         zr = torch.addcmul(z, zr, weight)
-        a2 = ((zr - self.zc) * (1 / self.zc)).square_().neg_().add_(1).clamp_(min=0)
-        a2 = a2.mul_(reach).mul_(squeeze * (self.kappa * self.a0**2))
+        a2 = ((zr - self.centre) * (1 / self.centre)).square_().neg_().add_(1).clamp_(min=0)
+        # The annulus narrows less than the middle.
+        a2.mul_(((length + 8 - zr) * (1 / 24)).clamp_(0.33, 1))
+        a2 = a2.mul_(reach).mul_(squeeze * (self.kappa * self.radius**2))
         scale = a2.div_(r2.add_(1.0)).add_(1).sqrt_()
         return x * scale, y * scale, zr
 
     def scene(
-        self, heart: Tensor, chest: Tensor, phase: Tensor, near: int, without: str | None = None
+        self, points: Tensor, beat: tuple[Tensor, Tensor, Tensor], without: frozenset[str]
     ) -> Scene:
-        """What lies at points of the heart frame and the chest frame, both [N, 3, ..., D] mm.
-
-        phase [N]; `near`: samples of the last axis deep enough to hold the chest wall. `without`
-        leaves out one structure: what lies behind it in the order of painting takes its place.
-        """
-        shape, n = heart.shape[2:], heart.shape[0]
-        flat = heart.flatten(2)
-        squeeze, mitral, aortic = (v[:, None].to(flat) for v in self.beat(phase.double()))
-        x, y, z = self.motion(*flat.unbind(1), squeeze)
-        material = (x, y, z)
-        w = [
-            torch.sin(x * k[0] + y * k[1] + (z * k[2] + o))
-            for k, o in zip(self.waves.tolist(), self.wave_phase.tolist(), strict=True)
+        """What lies at heart-frame points [N, 3, ..., D] mm; `beat` as from `Patient.beat`, [N]."""
+        shape, flat = points.shape[2:], points.flatten(2)
+        squeeze, mitral, aortic = (v[:, None].to(flat) for v in beat)
+        material = self.motion(*flat.unbind(1), squeeze)
+        x, y, z = material
+        wave = [
+            torch.sin(x * k[0] + y * k[1] + (z * k[2] + phase))
+            for k, phase in zip(self.waves.tolist(), self.wave_phase.tolist(), strict=True)
         ]
-        texture = w[0] * w[1]
-        x, y, z = (c + 1.6 * v for c, v in zip((x, y, z), w, strict=True))
-        points = torch.stack((x, y, z), 1)
-        rows, shift = self._rows.to(flat), self._shift.to(flat)
-        forms = torch.baddbmm(shift[None, :, None], rows.expand(n, -1, -1), points)
+        texture = wave[0] * wave[1]
+        x, y, z = (axis + 1.6 * shift for axis, shift in zip(material, wave, strict=True))
+        forms = self.body.at(torch.stack((x, y, z, torch.ones_like(x)), 1))
         r2 = torch.addcmul(x * x, y, y)
-        p2 = torch.addcmul(r2, z, z)
-        forms, blob, tube = iter(forms.unbind(1)), {}, {}
-        for name, (_, radii) in self.ellipsoids.items():
-            k = next(forms).square_()
-            k = k.addcmul_(*[next(forms)] * 2)
-            blob[name] = k.addcmul_(*[next(forms)] * 2).sqrt_().sub_(1).mul_(sum(radii) / 3)
-        for name, (start, end, radius) in self.tubes.items():
-            q, d2 = next(forms), next(forms).add_(p2)
-            t = q.clamp(0, float(np.linalg.norm(np.subtract(end, start))))
-            d2.addcmul_(t, q.mul_(-2).add_(t))
-            tube[name] = d2.clamp_(min=0).sqrt_().sub_(radius)
+        square = torch.addcmul(r2, z, z)
+        blob = {
+            name: forms[name].square().sum(1).sqrt_().sub_(1).mul_(shape_.radius)
+            for name, shape_ in self.ellipsoids.items()
+        }
+        tube = {name: tube_distance(forms[name], square, t) for name, t in self.tubes.items()}
+        inlet, deep, lateral = forms["planes"].unbind(1)
 
-        s, length = self.size, self.size["lv_length"]
-        radius = r2.sqrt()
-        k0 = torch.addcmul(r2 / self.a0**2, *[(z - self.zc) * (1 / self.zc)] * 2)
-        k1 = torch.addcmul(r2 / self.a0**4, *[(z - self.zc) * (1 / self.zc**2)] * 2)
-        cavity = k0.sqrt_()
-        cavity = cavity * (cavity - 1) / k1.sqrt_().add_(1e-4)
-        beyond = z - length  # over the mitral plane
-        cos = (x * 0.94 + y * 0.34) / (radius + 4)  # +1 lateral, -1 septal
-        # Thin at the apex; the septum a little thinner than the free wall.
-        thick = (z * (0.6 / length)).clamp_(0, 0.45).add_(0.55).mul_(s["wall"])
-        thick = thick * (cos * 0.07 + 0.97)
-        epi = cavity - thick
-        wall = torch.maximum(epi, beyond - 3)
-        # Muscle ends 3 mm over the mitral plane; the opening reaches through it.
-        lv = torch.maximum(torch.minimum(cavity, tube["lvot"]), beyond - 3.2)
-        plane_t = beyond + s["tricuspid_offset"] + (x + 28) * 0.1
-        rv = _smooth_min(blob["rv"] + (squeeze * 2.5), tube["rvot"] + squeeze, 6.0)
-        rv_in = torch.maximum(rv, torch.minimum(plane_t, y + 24 + (x + 30) * 0.3))
-        la = _smooth_min(blob["la"] - squeeze * 1.5, blob["la_lobe"], 8.0)
-        la_in = torch.minimum(la, torch.minimum(tube["vein_1"], tube["vein_2"]))
-        la_in = torch.maximum(la_in, -beyond)
-        ra = _smooth_min(blob["ra"] - squeeze, blob["ra_lobe"], 8.0)
-        cava = torch.minimum(tube["svc"], tube["ivc"])
-        root = torch.maximum(tube["aorta"], -(beyond + 2))
-        ra_in = torch.maximum(
-            torch.maximum(torch.minimum(ra, cava), -plane_t), 2.4 - torch.minimum(la, root - 0.5)
-        )
-        la_in = torch.maximum(la_in, 2.2 - root)
-        hull = torch.minimum(epi, torch.minimum(rv - 3.2, torch.minimum(la - 2.2, ra - 2.4)))
-        hull = _smooth_min(hull, torch.maximum(tube["sinus"] - 4, tube["sinus"]), 6.0)
+        size, length = self.size, self.size.lv_length
+        beyond = z - length  # the mitral plane
+        flat_z = (z - self.centre) * (1 / self.centre)
+        ring = torch.addcmul(r2 / self.radius**2, flat_z, flat_z).sqrt_()
+        slope = torch.addcmul(r2 / self.radius**4, flat_z, flat_z / self.centre**2)
+        cavity = ring * (ring - 1) / slope.sqrt_().add_(1e-4)
+        thick = (z * (0.6 / length)).clamp_(0, 0.45).add_(0.55).mul_(size.wall)  # thin at the apex
+        trunk_height = forms["pulmonary_valve"][:, 2]
+        root_across, root_along, root_height = forms["aortic_valve"].unbind(1)
+        narrow = (root_height * (-1 / 7)).clamp_(0, 1).mul_(squeeze * 8.0)  # in systole
+        outlet = torch.maximum(tube["outlet"] + narrow, root_height - 1)
+        # Muscle runs on from the septum to the aortic annulus.
+        epi = smooth_min(cavity - thick, outlet - 0.75 * thick, 12.0)
+        wall = torch.maximum(epi, torch.minimum(beyond - 2.5, outlet - 0.75 * thick))
+        lv = torch.maximum(smooth_min(cavity, outlet, 12.0), torch.minimum(beyond - 2.7, outlet))
+        root = self._root(root_across, root_along, root_height)
+        body = smooth_min(blob["rv"] + squeeze * 2.5, blob["inflow"] + squeeze * 1.5, 8.0)
+        outflow = torch.maximum(tube["rvot"] + squeeze * 2, trunk_height)
+        rv = smooth_min(torch.maximum(body, inlet), outflow, 5.0)
+        trunk = torch.maximum(tube["trunk"], -trunk_height)
+        # Both atria share a thin septum that starts at the crux.
+        between = x - self.crux - beyond * 0.06 - 1.0
+        la_whole = blob["la"] - squeeze * 1.5
+        la = torch.maximum(torch.maximum(la_whole, -beyond), 1.1 - between)
+        ra_whole = blob["ra"] - squeeze
+        ra = torch.maximum(torch.maximum(ra_whole, -inlet), between + 1.1)
+        great = torch.minimum(root, trunk) - 1.8
+        la, ra = torch.maximum(la, -great), torch.maximum(ra, -great)
+        atria = torch.minimum(la_whole, ra_whole) - 2.4
+        hull = torch.minimum(epi, torch.minimum(torch.minimum(rv, body) - 3.4, atria))
+        hull = smooth_min(hull, great, 4.0)
 
         label = torch.full_like(x, LABEL["mediastinum"], dtype=torch.uint8)
 
         def paint(name: str, inside: Tensor) -> None:
-            if name != without:
+            if name not in without:
                 label.masked_fill_(inside, LABEL[name])
 
-        # Lung: its lingula beside the heart, nearer above; behind the heart; above it.
-        side = self.lingula - x + z.clamp(min=-12) * 0.56 + y * 0.3
-        lung = torch.minimum(torch.minimum(side, 68 + length - z - y * 0.1), y + 62)
+        # Lung: beside the heart, nearer above; behind the heart; beyond the right atrium.
+        edge = size.lung_edge + z.clamp(min=-12) * 0.56 - lateral
+        behind = (self.epicardium + 4) + beyond.clamp(min=0) * 0.25 - deep
+        lung = torch.minimum(torch.minimum(edge, behind), x + 84)
         liver = blob["liver"]
-        border = torch.minimum(lung.abs(), liver.abs())
         paint("lung", lung < 0)
         paint("liver", liver < 0)
         vessel = tube["descending"]
-        walls = torch.minimum(torch.minimum(vessel, cava) - 1.2, hull)
-        paint("heart_wall", walls < 0)
+        paint("heart_wall", torch.minimum(hull, vessel - 1.5) < 0)
         paint("pericardium", (hull - 0.9).abs() < 0.9)
-        paint("aorta", vessel < 0)
-        paint("right_atrium", torch.minimum(ra_in, tube["sinus"]) < 0)
-        paint("right_ventricle", rv_in < 0)
-        paint("left_atrium", la_in < 0)
+        paint("descending_aorta", vessel < 0)
+        shared = (between.abs() < 1.1) & (la_whole < 0) & (ra_whole < 0) & (beyond > 0)
+        paint("interatrial_septum", shared)
+        paint("right_atrium", ra < 0)
+        paint("right_ventricle", rv < 0)
+        paint("left_atrium", la < 0)
+        paint("heart_wall", great < 0)
         muscle = wall < 0
-        paint("myocardium", muscle & (cos > -0.45))
-        paint("septum", muscle & (cos <= -0.45))
-        paint("myocardium", (tube["band"] < 0) & (rv_in < 0))
+        septal = (x * 0.94 + y * 0.34) < -0.35 * r2.sqrt()
+        paint("myocardium", muscle & ~septal)
+        paint("septum", muscle & septal)
+        paint("myocardium", (tube["band"] < 0) & (rv < 0))
         paint("left_ventricle", lv < 0)
-        paint("heart_wall", (root - 1.6 < 0) & (lv > 0))
+        paint("pulmonary_artery", trunk < 0)
         paint("aorta", root < 0)
-        pap = torch.minimum(tube["pap_1"], tube["pap_2"])
-        paint("papillary_muscles", pap < 0)
-        valves = self._leaflets(forms, p2, mitral, aortic)
-        for name in VALVES:
-            paint(name, valves[name] < 0)
+        inside = torch.minimum(lv, la)
+        papillary = self._cavity(flat, (x, y, z), material, squeeze, mitral, inside, label, without)
+        openings = {"tricuspid_valve": mitral, "aortic_valve": aortic, "pulmonary_valve": aortic}
+        for name, opening in openings.items():
+            if name not in without:
+                lumen = root if name == "aortic_valve" else None
+                self._leaflets(name, forms[name], opening, lumen, label)
         lumens = {
-            "left_ventricle": torch.maximum(lv, -pap),
-            "right_ventricle": rv_in,
-            "left_atrium": la_in,
-            "right_atrium": ra_in,
-            "aorta": torch.minimum(root, vessel),
+            "left_ventricle": torch.maximum(lv, -papillary),
+            "right_ventricle": torch.maximum(rv, -epi),
+            "left_atrium": la,
+            "right_atrium": ra,
+            "aorta": root,
+            "pulmonary_artery": trunk,
+            "descending_aorta": vessel,
         }
-        blood = reduce(torch.minimum, [d for name, d in lumens.items() if name != without])
-        hull = hull if without != "pericardium" else hull.abs() + 50
-
-        label = label.unflatten(1, shape)
-        self._chest(chest, near, label, without)
+        kept = [distance for name, distance in lumens.items() if name not in without]
+        blood = reduce(torch.minimum, kept) if kept else torch.full_like(x, FAR)
+        border = torch.full_like(x, FAR)
+        for name, distance in (("lung", lung), ("liver", liver)):
+            if name not in without:
+                border = torch.minimum(border, distance.abs())
+        border = torch.maximum(border, 2.0 - vessel)
+        hull = hull if "pericardium" not in without else hull.abs() + FAR
         depth = (cavity / thick).clamp_(0, 1)
-        return Scene(
-            label,
-            *(v.unflatten(1, shape) for v in (blood, hull, border, depth, texture)),
-            tuple(v.unflatten(1, shape) for v in material),
-        )
+        skeleton = ((beyond + 3) * (1 / 6)).square_().clamp_(max=40).neg_().exp_().add_(1)
+        fields = (label, blood, hull, border, depth, texture, skeleton)
+        unflat = (field.unflatten(1, shape) for field in fields)
+        return Scene(*unflat, tuple(axis.unflatten(1, shape) for axis in material))
+
+    def _root(self, across: Tensor, along: Tensor, height: Tensor) -> Tensor:
+        """Aortic root: annulus, three sinuses, the sinotubular junction, the ascending aorta."""
+        r2 = torch.addcmul(across * across, along, along)
+        bulge = ((height - 10) * (1 / 8)).square_().clamp_(max=40).neg_().exp_()
+        profile = bulge.mul_(self.sinus - self.junction).add_(self.junction)
+        profile = torch.minimum(profile, height.clamp(min=0) * 0.9 + self.annulus)
+        return torch.maximum(r2.sqrt_() - profile, -height)
+
+    def _cavity(
+        self,
+        flat: Tensor,
+        wavy: tuple[Tensor, ...],
+        material: tuple[Tensor, ...],
+        squeeze: Tensor,
+        mitral: Tensor,
+        inside: Tensor,
+        label: Tensor,
+        without: frozenset[str],
+    ) -> Tensor:
+        """Paint what blood surrounds: papillary muscles, chordae, mitral leaflets.
+
+        Blood near the axis has no material point at end diastole, so these live in the frame of
+        the contracting wall. Returns the distance to the papillary muscles, mm.
+        """
+        length, z = self.size.lv_length, wavy[2]
+        near = ((inside < 2) & (z > 0.25 * length) & (z < length + 9)).flatten().nonzero()[:, 0]
+        papillary = torch.full_like(inside, FAR)
+        if not len(near):
+            return papillary
+        frame = near // flat.shape[2]
+        squeeze, mitral = squeeze[:, 0][frame], mitral[:, 0][frame]
+        x, y = (flat[:, axis].reshape(-1)[near] for axis in range(2))
+        bend = [(wavy[axis] - material[axis]).view(-1)[near] for axis in range(2)]
+        z, inside, ones = z.reshape(-1)[near], inside.view(-1)[near], torch.ones_like(x)
+        stretch = (1 - squeeze * (1 - self.shrink2)).rsqrt()
+        forms = self.cavity.at(torch.stack((x * stretch, y * stretch, z, ones))[None])
+        square = ((x * stretch) ** 2 + (y * stretch) ** 2 + z * z)[None]
+        shapes = {
+            "chordae": [tube_distance(forms[name], square, t) for name, t in self.cords.items()],
+            "papillary_muscles": [
+                tube_distance(forms[name], square, t) for name, t in self.papillary.items()
+            ],
+        }
+        found = {name: reduce(torch.minimum, parts)[0] for name, parts in shapes.items()}
+        papillary.view(-1)[near] = found["papillary_muscles"]
+        annulus = 1 + 0.16 * squeeze  # how much narrower the annulus is in systole
+        points = torch.stack((x * annulus + bend[0], y * annulus + bend[1], z, ones))
+        forms = self.leaflets.at(points[None])["mitral_valve"][0]
+        found["mitral_valve"] = two_leaflets(*forms, mitral, self.valves["mitral_valve"])
+        found["papillary_muscles"] = torch.maximum(found["papillary_muscles"], inside - 2)
+        for name, distance in found.items():
+            if name not in without:
+                label.view(-1)[near[distance < 0]] = LABEL[name]
+        return papillary
 
     def _leaflets(
-        self, forms: Iterator[Tensor], p2: Tensor, mitral: Tensor, aortic: Tensor
-    ) -> dict[str, Tensor]:
-        """Distances to the leaflets: in each half-plane through a valve's axis, one segment.
-
-        It runs from the hinge on the annulus into the ventricle (mitral, tricuspid) or the root
-        (aortic), and swings between closed (edges meet on the axis) and open.
-        """
-        found = {}
-        for name, (_, _, ring, _, uneven) in self.valves.items():
-            r, h, side = next(forms).add_(p2), next(forms), next(forms)
-            r = r.addcmul_(h, h, value=-1).clamp_(min=0).sqrt_()
-            hinge = side.div_(r + 1).mul_(ring * uneven).add_(ring)
-            angle = 0.42 + (aortic if name == "aortic_valve" else mitral) * 0.85
-            ca, sa = torch.cos(angle), torch.sin(angle)
-            inward = hinge - r
-            along = torch.addcmul(inward * ca, h, sa)
-            t = torch.minimum(along.clamp(min=0), hinge.mul_(0.93 / math.cos(0.42)))
-            # A belly: the closed leaflet bows towards the chamber it shuts off.
-            bow = t / hinge
-            bow = bow.addcmul_(bow, bow, value=-1).mul_(5.0)
-            off = bow.addcmul_(h, ca).addcmul_(inward, sa, value=-1).square_()
-            gap = along.sub_(t).square_().add_(off).sqrt_()
-            found[name] = gap.sub_(0.75 if name == "aortic_valve" else 0.95)
-        return found
-
-    def _chest(self, chest: Tensor, near: int, label: Tensor, without: str | None) -> None:
-        """Paint chest wall and ribs over `label` [..., D], at its first `near` samples."""
-        x, y, z = chest[..., :near].unbind(1)
-        z = z - self.skin(x, y)
-        view = label[..., :near]
-        if without != "chest_wall":
-            view.masked_fill_(z < self.size["skin_to_heart"] - 1.5, LABEL["chest_wall"])
-        if without != "ribs":
-            view.masked_fill_(self.rib_distance(x, y, z) < 0, LABEL["ribs"])
-
-    def skin(self, x: Tensor, y: Tensor) -> Tensor:
-        """Depth, mm, of the skin over a chest-frame point: a dome with slow ripples."""
-        return (x * x + 1.4 * y * y) * (1 / 260) + 0.05 * x
-
-    def rib_distance(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """Distance, mm, to the nearer of the two ribs that bound the intercostal window."""
-        angle, gap = math.radians(self.size["rib_angle"]), self.size["rib_gap"]
-        across = y * math.cos(angle) - x * math.sin(angle)
-        deep = (z - (self.size["skin_to_heart"] - 6.5)) * 1.25
-        sides = [torch.hypot(across - gap - 0.8, deep), torch.hypot(across + gap, deep)]
-        return torch.minimum(*sides) - 5.5
-
-    def surface(self, structure: str, points: int = 2000, phase: float = 0.0) -> np.ndarray:
-        """Points [points, 3], mm in the heart frame, on a structure's border. For drawing.
-
-        Raises ValueError if the structure is unknown or bounds nothing near the heart.
-        """
-        if structure not in LABEL:
-            raise ValueError(f"structure {structure!r} is unknown; one of {', '.join(STRUCTURES)}")
-        step = 2.0
-        axes = [torch.arange(lo, hi, step) for lo, hi in ((-95, 70), (-75, 75), (-15, 150))]
-        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-        chest = torch.full_like(grid, 500.0)
-        label = self.scene(grid[None], chest[None], torch.tensor([phase]), 1).label[0]
-        inside = (label == LABEL[structure]).float()[None, None]
-        edge = (inside > 0) & (-torch.nn.functional.max_pool3d(-inside, 3, 1, 1) == 0)
-        found = grid[:, edge[0, 0]].T
-        if not len(found):
-            raise ValueError(f"structure {structure!r} has no border near the heart")
-        rng = np.random.default_rng(0)
-        chosen = rng.choice(len(found), points, replace=len(found) < points)
-        return found.numpy()[chosen] + rng.uniform(-step / 2, step / 2, (points, 3))
+        self, name: str, forms: Tensor, opening: Tensor, lumen: Tensor | None, label: Tensor
+    ) -> None:
+        """Paint one valve, computed only at the points that it can reach."""
+        valve, (across, along, height) = self.valves[name], forms.unbind(1)
+        reach = max(valve.half_width, valve.half_length) + 6
+        near = (height.abs() < 27) & (across.abs() < reach) & (along.abs() < valve.half_length + 1)
+        if lumen is not None:
+            near &= lumen < 0.5
+        near = near.flatten().nonzero()[:, 0]
+        if not len(near):
+            return
+        across, along, height = (form.reshape(-1)[near] for form in (across, along, height))
+        opening = opening[:, 0][near // forms.shape[2]]
+        model = three_cusps if name == "aortic_valve" else two_leaflets
+        hit = model(across, along, height, opening, valve) < 0
+        label.view(-1)[near[hit]] = LABEL[name]

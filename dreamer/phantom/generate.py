@@ -2,7 +2,9 @@
 
 <folder>/phantom.json               the arguments, structure names, format version
 <folder>/patient_0007/transitions_dataset.json, ft1/*.png, ft2/*.png     as published, and
-                     /truth.npz     labels, occupancy, frames, pose, phase of every frame
+                     /truth.npz     of every frame: labels (1 + index in the card's structures, 0
+                                    outside the sector), visible (False where shadowed),
+                                    occupancy, frames, pose, phase
 A patient's folder appears whole or not at all, and its bytes depend on the arguments alone.
 """
 
@@ -10,7 +12,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from io import BytesIO
@@ -22,16 +24,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from dreamer.phantom import trajectories
-from dreamer.phantom.anatomy import STRUCTURES, Patient
-from dreamer.phantom.render import check, render, sector
+from dreamer.phantom.anatomy import STRUCTURES
+from dreamer.phantom.patient import REST, Factors, Patient
+from dreamer.phantom.render import check, render
+from dreamer.phantom.sector import sector
 
-FORMAT = 1
+FORMAT = 2
 SCRAP = (".partial", ".tmp")  # endings of what an interrupted run leaves
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within, torch computes on one core: small tensors do not wait for another."""
+    """Within it, torch computes on one core: small tensors gain nothing from a second."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -42,8 +46,10 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def crew(count: int) -> Iterator[ThreadPoolExecutor]:
-    """`count` threads that each compute on one core, so that sums are formed in one order. What is
-    not begun is dropped on leaving by an error."""
+    """A pool of `count` threads, each on one core, so that sums are formed in one order.
+
+    Jobs that have not begun are dropped when the block is left by an error.
+    """
     with alone():
         pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
         try:
@@ -61,14 +67,24 @@ def generate(
     seed: int = 0,
     device: str | torch.device | None = None,
     threads: int | None = None,
+    vary: Mapping[str, float | str] | None = None,
 ) -> Path:
     """Write `patients` virtual patients with `frames` transitions each; returns the folder.
 
     Half of each patient's transitions are a search for the plane `target`, half independent pairs
-    (`"motion"` in each record). Pictures are `size` x `size`. `device`: CUDA where there is one, if
-    None; bytes are the same for the same arguments on one kind of device, whatever `threads` is. A
-    folder begun with the same arguments is finished. Raises ValueError for bad arguments and for a
-    folder that holds anything else or was begun with others, OSError with too little disk.
+    (`"motion"` in each record).
+
+    Args:
+        folder: new, empty, or begun with the same arguments (then it is finished).
+        size: edge of the frames, px.
+        device: CUDA if available, when None. Bytes are the same for the same arguments on one kind
+            of device, whatever `threads` is.
+        vary: factors of variation by name, as shifts from each patient's own draw (`Factors`):
+            `{"gain": 6}` gives the same patients, poses and phases 6 dB brighter.
+
+    Raises:
+        ValueError: bad arguments, or a folder that holds anything else or was begun with others.
+        OSError: too little disk.
     """
     arguments = {
         "patients": patients,
@@ -77,6 +93,9 @@ def generate(
         "size": size,
         "seed": seed,
     }
+    Factors.of(vary)
+    if vary:
+        arguments["vary"] = dict(vary)
     for name, least in (("patients", 1), ("frames", 1), ("seed", 0)):
         value = arguments[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -88,7 +107,7 @@ def generate(
     threads = threads or (min(os.cpu_count() or 1, 16) if device.type == "cpu" else 2)
     folder = Path(folder)
     todo = _begin(folder, arguments)
-    needed = 3 * size**2 * frames * len(todo)  # pictures twice and labels, as measured at 112 px
+    needed = 3 * size**2 * frames * len(todo)  # frames twice and truth, as measured at 112 px
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(
             f"{folder}: {free / 2**20:.0f} MiB free, about {needed / 2**20:.0f} needed; free some, "
@@ -114,7 +133,7 @@ def _name(number: int) -> str:
 
 def _begin(folder: Path, arguments: dict) -> list[int]:
     """Claim the folder, or find in it what an interrupted run left to do. Returns the numbers."""
-    told = {"format": FORMAT, "arguments": arguments, "structures": list(STRUCTURES)}
+    record = {"format": FORMAT, "arguments": arguments, "structures": list(STRUCTURES)}
     names = {_name(n) for n in range(arguments["patients"])}
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give another folder")
@@ -125,11 +144,12 @@ def _begin(folder: Path, arguments: dict) -> list[int]:
     if card.exists():
         try:
             found = json.loads(card.read_text(encoding="utf-8"))
-            found = {key: found[key] for key in told}
-            differ = [k for k in arguments if found["arguments"].get(k) != arguments[k]]
+            found = {key: found[key] for key in record}
+            every = arguments | found["arguments"]
+            differ = [k for k in every if found["arguments"].get(k) != arguments.get(k)]
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{card} is no phantom's card; give another folder") from None
-        if found != told:
+            raise ValueError(f"{card} is not a phantom's card; give another folder") from None
+        if found != record:
             given = ", ".join(f"{k} {found['arguments'].get(k)}" for k in differ) or "format"
             raise ValueError(
                 f"{folder} was made with other arguments ({given}); delete it or use a new folder"
@@ -143,7 +163,7 @@ def _begin(folder: Path, arguments: dict) -> list[int]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not card.exists():
         scratch = folder / ".phantom.json.tmp"
-        scratch.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, card)
     return [n for n in range(arguments["patients"]) if _name(n) not in present]
 
@@ -151,9 +171,10 @@ def _begin(folder: Path, arguments: dict) -> list[int]:
 def _patient(folder: Path, number: int, arguments: dict, device: torch.device) -> None:
     """Render one patient and write it, whole or not at all."""
     seeds = [arguments["seed"], number]
-    plan = trajectories.plan([*seeds, 1], arguments["frames"])
+    patient = Patient(seeds, arguments.get("vary"))
+    plan = trajectories.plan([*seeds, 1], arguments["frames"], patient.heart_rate / REST)
     frames = render(
-        Patient(seeds),
+        patient,
         torch.from_numpy(plan.pose),
         torch.from_numpy(plan.phase),
         target=arguments["target"],
@@ -164,12 +185,12 @@ def _patient(folder: Path, number: int, arguments: dict, device: torch.device) -
     scratch = folder / f".{_name(number)}.partial"
     for part in ("ft1", "ft2"):
         (scratch / part).mkdir(parents=True)
-    pictures = [_png(picture) for picture in frames.image.cpu().numpy()]
+    images = [_png(image) for image in frames.image.cpu().numpy()]
     records = []
     for (first, second), motion in zip(plan.pairs.tolist(), plan.motion, strict=True):
         paths = f"ft1/{names[first]}.png", f"ft2/{names[second]}.png"
-        (scratch / paths[0]).write_bytes(pictures[first])
-        (scratch / paths[1]).write_bytes(pictures[second])
+        (scratch / paths[0]).write_bytes(images[first])
+        (scratch / paths[1]).write_bytes(images[second])
         start, end = plan.pose[first], plan.pose[second]
         records.append(
             {
@@ -185,6 +206,7 @@ def _patient(folder: Path, number: int, arguments: dict, device: torch.device) -
         )
     truth = {
         "labels": frames.label.cpu().numpy(),
+        "visible": frames.visible.cpu().numpy(),
         "occupancy": frames.occupancy.cpu().numpy().astype(np.float16),
         "frames": np.array(names),
         "pose": plan.pose,
@@ -196,9 +218,9 @@ def _patient(folder: Path, number: int, arguments: dict, device: torch.device) -
     os.replace(scratch, folder / _name(number))
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _png(image: np.ndarray) -> bytes:
     stream = BytesIO()
-    Image.fromarray(picture).save(stream, "PNG", compress_level=1)
+    Image.fromarray(image).save(stream, "PNG", compress_level=1)
     return stream.getvalue()
 
 

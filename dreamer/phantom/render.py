@@ -1,280 +1,196 @@
-"""A B-mode picture of a virtual patient at a probe pose, and the truth that belongs to it.
+"""A B-mode frame of a virtual patient at a probe pose, and the truth that belongs to it.
 
 Points of the image plane are sampled on a polar grid and carried into the patient. There, echo
-strength multiplies a complex white scatterer field that is fixed to the tissue, which is blurred
-by the point spread, detected, log-compressed and scan-converted. Fully developed speckle is then
+strength multiplies a complex white scatterer field that is fixed to the tissue; it is blurred by
+the point spread, detected, log-compressed and scan-converted. Fully developed speckle is then
 Rayleigh: mean over standard deviation 1.91 (Wagner et al., IEEE Trans Sonics Ultrason 1983;30:156).
-The scatterer field is looked up by the spatial hash of Teschner et al. (VMV 2003, equation 1).
-
-Probe frame, mm: origin at the sector's tip, x to the picture's right, z down the middle beam, y out
-of the picture. Roll fans the plane, pitch rocks it in itself, yaw turns it about the middle beam.
-Fan geometry in pixels of a 224-pixel picture as in the published real scan; 160 mm deep.
+Brightness depends on reflectivity, angle of incidence, attenuation, contact and the patient's own
+time-gain curve; nothing else depends on depth but noise, haze and beam width.
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dreamer import poses
-from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS, Patient
+from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS, Scene
+from dreamer.phantom.patient import Patient
+from dreamer.phantom.sector import BANK, HALF_ANGLE, SIZES, Sector, sector
 
-APEX, RADIUS, HALF_ANGLE, DEPTH = (111.5, -1.0), 221.0, math.radians(30.7), 160.0
-NEAR = 52.0  # mm: nothing of the chest wall lies deeper
-GRID = 7  # cells of the occupancy grid, per side
-SIZES = (32, 1024)
-CHUNK = 130_000  # samples computed at once: few enough to stay near the core, many for one call
-VOXEL = 0.6  # mm, edge of a scatterer's cell
+CHUNK = 130_000  # samples computed at once: few enough for the cache, many enough for one call
 
-# name: echo strength dB, attenuation left after time-gain compensation dB/cm
+
+class Tissue(NamedTuple):
+    """`echo`: backscatter, dB; `loss`: attenuation left by an average time-gain curve, dB/cm."""
+
+    echo: float
+    loss: float
+
+
 TISSUE = {
-    "left_ventricle": (-62, -0.15),
-    "right_ventricle": (-59, -0.15),
-    "left_atrium": (-60, -0.15),
-    "right_atrium": (-60, -0.15),
-    "aorta": (-60, -0.15),
-    "myocardium": (-40, 0.3),
-    "septum": (-25.5, 0.3),
-    "papillary_muscles": (-33, 0.3),
-    "mitral_valve": (-27, 0.5),
-    "tricuspid_valve": (-28, 0.5),
-    "aortic_valve": (-27, 0.5),
-    "heart_wall": (-35.5, 0.4),
-    "pericardium": (-33, 0.8),
-    "mediastinum": (-45, 0.9),
-    "lung": (-42, 3.5),
-    "liver": (-40, 0.5),
-    "chest_wall": (-45, 0.5),
-    "ribs": (-28, 28.0),
+    "left_ventricle": Tissue(-66, -0.45),
+    "right_ventricle": Tissue(-64, -0.45),
+    "left_atrium": Tissue(-65, -0.45),
+    "right_atrium": Tissue(-65, -0.45),
+    "aorta": Tissue(-65, -0.45),
+    "myocardium": Tissue(-26, 0.35),
+    "septum": Tissue(-26, 0.35),
+    "papillary_muscles": Tissue(-33, 0.35),
+    "mitral_valve": Tissue(-28, 0.5),
+    "tricuspid_valve": Tissue(-29, 0.5),
+    "aortic_valve": Tissue(-28, 0.5),
+    "heart_wall": Tissue(-35, 0.3),
+    "pericardium": Tissue(-34, 0.5),
+    "mediastinum": Tissue(-42, 0.1),
+    "lung": Tissue(-40, 0.8),
+    "liver": Tissue(-41, 0.4),
+    "chest_wall": Tissue(-50, 0.5),
+    "ribs": Tissue(-28, 28.0),
+    "interatrial_septum": Tissue(-32, 0.5),
+    "pulmonary_valve": Tissue(-29, 0.6),
+    "pulmonary_artery": Tissue(-65, -0.45),
+    "descending_aorta": Tissue(-62, -0.1),
+    "chordae": Tissue(-36, 0.4),
 }
-_MASK = 2**18 - 1
+# Reflectivity of surfaces at right angles to the beam, as amplitude.
+ENDOCARDIUM = 0.20
+EPICARDIUM = 0.25  # against fat and chest wall
+PERICARDIUM = 1.30  # against the lung's air
+PLEURA = 0.25
+BONE = 0.10
+ANISOTROPY = -16.0  # dB, fibres along the beam against fibres across it
+FASCIA = {0.20: 0.02, 0.45: 0.012, 0.65: 0.03, 0.93: 0.012}  # share of the chest wall: reflectivity
+SIDE_LOBES = -37.0  # dB, energy of the neighbouring 14 degrees
+HAZE = -56.0  # dB, reverberation clutter
+NOISE = -70.0  # dB, electronic, before the time-gain curve
+SHADOWED = 13.0  # dB lost on the way: structures behind count as shadowed
+AIR = 5.7  # mm of gel: contact is lost where the probe stands further off the skin
+GAIN = 5.0  # dB, where echoes of 0 dB would saturate
+MAPPING = 2.5  # exponent of the machine's grey map
 
 
 class Frames(NamedTuple):
     """`image` uint8 [..., S, S]; `label` uint8 [..., S, S], 0 outside the sector, else 1 + the
-    index in STRUCTURES; `occupancy` float32 [..., structures, 7, 7], share of each cell's area."""
+    index in STRUCTURES; `occupancy` float32 [..., structures, 7, 7], share of each cell's area;
+    `visible` bool [..., S, S], False where ribs, lung or lost contact shadow the label."""
 
     image: Tensor
     label: Tensor
     occupancy: Tensor
+    visible: Tensor
 
 
-def _grid(size: int) -> tuple[Tensor, Tensor]:
-    """Beam angles (radians) and sample depths (mm) for pictures of `size` pixels."""
-    beams, samples = 26 + round(0.3 * size), 50 + round(0.8 * size)
-    theta = torch.linspace(-HALF_ANGLE, HALF_ANGLE, beams, dtype=torch.float64)
-    return theta, torch.linspace(0, DEPTH, samples, dtype=torch.float64)
+def names(without: str | Collection[str] | None) -> frozenset[str]:
+    """The structures to leave out, as a set; ValueError for an unknown one."""
+    chosen = frozenset([without] if isinstance(without, str) else without or ())
+    for name in sorted(chosen):
+        if name not in STRUCTURES:
+            known = ", ".join(STRUCTURES)
+            raise ValueError(f"structure {name!r} is unknown; one of {known}")
+    return chosen
 
 
-def _point_spread(theta: Tensor, r: Tensor, device) -> tuple[list[float], Tensor]:
-    """Weights at offsets 0, 1, ...: a pulse of constant length, and per depth a beam that is
-    narrowest at its focus; each gives white noise of unit power unit power again."""
-    sigma = 0.75 / float(r[-1] / (len(r) - 1))
-    reach = max(1, math.ceil(2.2 * sigma))
-    pulse = torch.exp(-((torch.arange(reach + 1) / sigma) ** 2) / 2)
-    norm = (pulse[0] ** 2 + 2 * (pulse[1:] ** 2).sum()).sqrt()
-    step = math.degrees(2 * HALF_ANGLE / (len(theta) - 1))
-    width = (0.85 + 0.9 * ((r - 75) / 85) ** 2) / step
-    reach = max(1, math.ceil(2.2 * float(width.max())))
-    taps = torch.exp(-((torch.arange(reach + 1)[:, None] / width) ** 2) / 2)
-    taps = taps / (taps[0] ** 2 + 2 * (taps[1:] ** 2).sum(0)).sqrt()
-    return (pulse / norm).tolist(), taps.float().to(device)
-
-
-def _coherent(pulse: list[float], beam: Tensor) -> float:
-    """What the point spread makes of a field of ones, halfway down."""
-    middle = beam[:, beam.shape[1] // 2]
-    return (pulse[0] + 2 * sum(pulse[1:])) * float(middle[0] + 2 * middle[1:].sum())
-
-
-class Sector:
-    """The polar grid, the point spread and the way to pixels for pictures of one size."""
-
-    def __init__(self, size: int, device: torch.device):
-        self.size, self.device = size, device
-        self.theta, self.r = _grid(size)
-        self.beams, self.samples = len(self.theta), len(self.r)
-        self.dr = DEPTH / (self.samples - 1)
-        self.near = min(self.samples, math.ceil(NEAR / self.dr))
-        self.direction = torch.stack((self.theta.sin(), self.theta.cos())).float().to(device)
-        depth = self.r.float().to(device)
-        self.depth = depth
-        points = self.direction[:, :, None] * depth
-        self.points = torch.stack((points[0], torch.zeros_like(points[0]), points[1])).flatten(1)
-        self.pulse, self.beam = _point_spread(self.theta, self.r, device)
-        self.reach = len(self.beam) - 1
-        # Smooth surfaces add up in phase, speckle does not: keep their ratio at every size.
-        self.surface = _coherent(*_point_spread(*_grid(112), device)) / _coherent(
-            self.pulse, self.beam
-        )
-        # Where samples lie closer than scatterers' cells, neighbours share one: no gain from that.
-        both = torch.tensor(self.pulse[:0:-1] + self.pulse, dtype=torch.float64)
-        apart = (
-            torch.arange(len(both))[:, None] - torch.arange(len(both))
-        ).abs().double() * self.dr
-        alike = (1 - apart / VOXEL).clamp(min=0)
-        self.tissue = 1.0 if self.dr >= VOXEL else float((both @ alike @ both) ** -0.5)
-        self._pixels()
-        self._noise()
-
-    def _pixels(self) -> None:
-        """Bilinear weights from the polar grid to the pixels inside the sector."""
-        scale = self.size / 224
-        row, column = torch.meshgrid(
-            *[torch.arange(self.size, dtype=torch.float64)] * 2, indexing="ij"
-        )
-        dx = column - ((APEX[0] + 0.5) * scale - 0.5)
-        dy = row - ((APEX[1] + 0.5) * scale - 0.5)
-        r, theta = torch.hypot(dx, dy) * (DEPTH / (RADIUS * scale)), torch.atan2(dx, dy)
-        inside = (r <= DEPTH) & (theta.abs() <= HALF_ANGLE) & (dy > 0)
-        self.inside = inside.flatten().nonzero()[:, 0].to(self.device)
-        fb = (theta[inside] + HALF_ANGLE) / (2 * HALF_ANGLE) * (self.beams - 1)
-        fd = r[inside] / self.dr
-        b = fb.floor().clamp(0, self.beams - 2)
-        d = fd.floor().clamp(0, self.samples - 2)
-        u, v = fb - b, fd - d
-        base = (b * self.samples + d).long()
-        corners = (
-            (0, (1 - u) * (1 - v)),
-            (1, (1 - u) * v),
-            (self.samples, u * (1 - v)),
-            (self.samples + 1, u * v),
-        )
-        self.corners = [((base + o).to(self.device), w.float().to(self.device)) for o, w in corners]
-        nearest = (fb.round() * self.samples + fd.round()).long()
-        self.nearest = nearest.to(self.device)
-        cell = torch.arange(self.size) * GRID // self.size
-        cell = cell[:, None] * GRID + cell
-        self.cell = cell.flatten()[inside.flatten()].to(self.device)
-        self.cell_area = torch.bincount(cell.flatten(), minlength=GRID * GRID).to(self.device)
-
-    def _noise(self) -> None:
-        """The scatterers' table, and a bank of electronic noise and streaked clutter."""
-        generator = torch.Generator().manual_seed(20240229)
-        self.scatterers = torch.randn(_MASK + 1, generator=generator).to(self.device)
-        noise = torch.randn(2, 12, self.beams, self.samples, generator=generator)
-        streak = torch.randn(2, 12, self.beams, self.samples, generator=generator)
-        sigma = 4.5 / math.degrees(2 * HALF_ANGLE / (self.beams - 1))
-        b = torch.arange(self.beams)
-        wide = torch.exp(-(((b[:, None] - b) / sigma) ** 2) / 2)
-        wide = wide / wide.square().sum(1, keepdim=True).sqrt()
-        noise = self._axial(noise)
-        streak = self._axial(wide @ streak)
-        self.noise, self.streak = noise.to(self.device), streak.to(self.device)
-
-    def _axial(self, field: Tensor) -> Tensor:
-        out = field * self.pulse[0]
-        for k, weight in enumerate(self.pulse[1:], 1):
-            out[..., k:].add_(field[..., :-k], alpha=weight)
-            out[..., :-k].add_(field[..., k:], alpha=weight)
-        return out
-
-    def spread(self, field: Tensor) -> Tensor:
-        """A scatterer field [N, beams, samples] blurred by the point spread, of unit power."""
-        field = self._axial(field)
-        out = field * self.beam[0]
-        for k in range(1, self.reach + 1):
-            out[:, k:].addcmul_(field[:, :-k], self.beam[k])
-            out[:, :-k].addcmul_(field[:, k:], self.beam[k])
-        return out
-
-    def lookup(self, material: tuple[Tensor, ...], offset: int, cell: float, parts: int = 2):
-        """Real and imaginary part (or the first alone) of a white field at material points, mm, in
-        cubes of edge `cell`: the same point, the same scatterer."""
-        index = None
-        for axis, prime in zip(material, (73856093, 19349663, 83492791), strict=True):
-            number = (axis * (1 / cell)).floor_().to(torch.int32).mul_(prime)
-            index = number.add_(offset) if index is None else index.bitwise_xor_(number)
-        places = ((index ^ (index >> 15)), index + 97531)[:parts]
-        return tuple(
-            self.scatterers.index_select(0, i.bitwise_and_(_MASK).flatten()).view(i.shape)
-            for i in places
-        )
-
-    def convert(self, polar: Tensor) -> Tensor:
-        """Grey levels on the polar grid [N, beams, samples] as pictures uint8 [N, S, S]."""
-        flat = polar.flatten(1)
-        total = sum(flat.index_select(1, index) * weight for index, weight in self.corners)
-        image = torch.zeros(len(polar), self.size**2, dtype=torch.uint8, device=polar.device)
-        image[:, self.inside] = total.add_(0.5).to(torch.uint8)
-        return image.view(-1, self.size, self.size)
-
-    def truth(self, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels [N, beams, samples] as pictures [N, S, S] and occupancy [N, structures, 7, 7]."""
-        n, count = len(label), len(STRUCTURES)
-        inside = label.flatten(1).index_select(1, self.nearest)
-        image = torch.zeros(n, self.size**2, dtype=torch.uint8, device=label.device)
-        image[:, self.inside] = inside
-        where = torch.arange(n, device=label.device)[:, None] * count + inside.long() - 1
-        where = where * GRID**2 + self.cell
-        area = torch.bincount(where.flatten(), minlength=n * count * GRID**2)
-        area = area.view(n, count, GRID, GRID) / self.cell_area.view(GRID, GRID)
-        return image.view(-1, self.size, self.size), area.float()
-
-
-@lru_cache(maxsize=8)
-def sector(size: int, device: str = "cpu") -> Sector:
-    """The sector for pictures of `size` pixels; made once and kept."""
-    return Sector(size, torch.device(device))
-
-
-def check(target: str, size: int, without: str | None = None) -> None:
+def check(target: str, size: int, without: str | Collection[str] | None = None) -> None:
     """Raises ValueError, naming the argument and the choices, before any work."""
     if target not in TARGETS:
         raise ValueError(f"target {target!r} is unknown; one of {', '.join(TARGETS)}")
     if not isinstance(size, int) or not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"size must be an integer from {SIZES[0]} to {SIZES[1]} px; got {size!r}")
-    if without is not None and without not in STRUCTURES:
-        raise ValueError(f"structure {without!r} is unknown; one of {', '.join(STRUCTURES)}")
+    names(without)
 
 
 def render(
     patient: Patient,
     pose: Tensor,
     phase: Tensor | float,
-    without: str | None = None,
+    without: str | Collection[str] | None = None,
     target: str = "a4c",
     size: int = 112,
     device: str | torch.device = "cpu",
+    vary: Mapping[str, float | str] | None = None,
 ) -> Frames:
     """Frames at poses [..., 6] (mm, degrees; target plane = 0) and phases [...] of the cycle.
 
-    `without` leaves out one structure: the same frame, pixel for pixel the same elsewhere, with
-    what surrounds the structure in its place. The same arguments give the same picture. Raises
-    ValueError for unknown names, sizes out of range and poses that are not finite.
+    `without`: one structure or several to leave out: the same frame, equal elsewhere, with what
+    surrounds the structure in its place. `vary`: factors of variation, as in `Patient`, on top of
+    the patient's own. The same arguments give the same frame. Raises ValueError for unknown names,
+    sizes out of range and poses that are not finite.
     """
     check(target, size, without)
     pose = torch.as_tensor(pose, dtype=torch.float64, device="cpu")
     phase = torch.as_tensor(phase, dtype=torch.float64, device="cpu")
     if pose.shape[-1:] != (6,) or not (pose.isfinite().all() and phase.isfinite().all()):
         raise ValueError(f"pose must be finite, [..., 6]; got {list(pose.shape)}, {pose.tolist()}")
+    if vary:
+        patient = Patient(patient.seed, patient.vary | dict(vary))
     lead = pose.shape[:-1]
-    rows, phase = pose.reshape(-1, 6), phase.expand(lead).reshape(-1)
-    grid = sector(size, str(torch.device(device)))
-    some = max(1, round(CHUNK / (grid.beams * grid.samples)))
+    rows = pose.reshape(-1, 6)
+    phase = phase.expand(lead).reshape(-1) + patient.factors.heart_phase
+    grid = sector(size, str(torch.device(device)), patient.depth)
+    gone, some = names(without), max(1, round(CHUNK / (grid.beams * grid.samples)))
     with torch.inference_mode():
         parts = [
-            _frames(patient, rows[i : i + some], phase[i : i + some], without, target, grid)
+            _frames(patient, rows[i : i + some], phase[i : i + some], gone, target, grid)
             for i in range(0, len(rows), some)
         ]
     fields = (torch.cat(field) for field in zip(*parts, strict=True))
     return Frames(*(f.unflatten(0, lead) if lead else f[0] for f in fields))
 
 
-def _carry(matrix: Tensor, points: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Points [3, P] by rigid transforms [N, 4, 4]: [N, 3, beams, samples]."""
-    moved = torch.baddbmm(matrix[:, :3, 3:], matrix[:, :3, :3], points.expand(len(matrix), -1, -1))
-    return moved.unflatten(2, shape)
+def _frames(
+    patient: Patient,
+    pose: Tensor,
+    phase: Tensor,
+    without: frozenset[str],
+    target: str,
+    grid: Sector,
+) -> Frames:
+    to_chest = poses.to_matrix(pose)
+    to_heart = patient.place(target) @ to_chest
+    chest, heart = (_carry(matrix, grid) for matrix in (to_chest, to_heart))
+    scene = patient.scene(heart, chest, phase.to(grid.device), grid.near, without)
+    contact = _contact(patient, to_chest, grid)
+    path = _path(patient, scene.label, chest, grid)
+    tissue, mirror = _strength(patient, scene, chest, to_heart, grid, without)
+    clutter = _clutter(patient, pose, phase, path, contact, grid)
+    noise = grid.lookup(scene.material, patient.hash)
+    weight = path * contact[:, :, None]
+    power = None
+    for part, (white, other) in enumerate(zip(noise, clutter, strict=True)):
+        # A rough surface: part of its echo is speckle.
+        field = white.mul(0.75).add_(0.45 if part == 0 else 0.0).mul_(mirror)
+        field = grid.spread(field.addcmul_(white, tissue).mul_(weight))
+        if part == 0:
+            lobes = _side_lobes(field, grid)
+        field.addcmul_(lobes, other[1]).add_(other[0])
+        power = field.square_() if power is None else power.add_(field.square_())
+    grey = power.add_(1e-9).log10_().mul_(10)  # dB
+    grey.add_(_time_gain(patient, grid))
+    grey = grey.add_(patient.gain + GAIN + patient.dynamic_range).mul_(1 / patient.dynamic_range)
+    grey = grid.compound(grey.clamp_(-0.2, 1.3)).clamp_(0, 1)
+    image = grid.convert(grey.pow_(MAPPING).mul_(255))
+    label = grid.truth(scene.label)
+    visible = grid.truth((weight > 10 ** (-SHADOWED / 20)).to(torch.uint8)).bool()
+    return Frames(image, label, grid.occupancy(label, len(STRUCTURES)), visible)
 
 
-def _along(distance: Tensor, dr: float) -> Tensor:
-    """How directly the beam meets a surface: |d distance / d depth|, 1 at right angles."""
+def _carry(matrix: Tensor, grid: Sector) -> Tensor:
+    """The sector's points by rigid transforms [N, 4, 4]: [N, 3, beams, samples]."""
+    matrix = matrix.float().to(grid.device)
+    points = grid.points.expand(len(matrix), -1, -1)
+    moved = torch.baddbmm(matrix[:, :3, 3:], matrix[:, :3, :3], points)
+    return moved.unflatten(2, (grid.beams, grid.samples))
+
+
+def _incidence(distance: Tensor, dr: float) -> Tensor:
+    """Cosine of the angle between beam and normal: |d distance / d depth|."""
     out = torch.empty_like(distance)
     torch.sub(distance[..., 2:], distance[..., :-2], out=out[..., 1:-1])
     out[..., 0], out[..., -1] = out[..., 1], out[..., -2]
-    return out.mul_(0.5 / dr).abs_()
+    return out.mul_(0.5 / dr).abs_().clamp_(max=1)
 
 
 def _bell(distance: Tensor, width: float) -> Tensor:
@@ -282,134 +198,165 @@ def _bell(distance: Tensor, width: float) -> Tensor:
     return (distance * (1 / width)).square_().clamp_(max=80).neg_().exp_()
 
 
-def _frames(patient: Patient, pose: Tensor, phase: Tensor, without, target: str, grid: Sector):
-    device = grid.device
-    shape = (grid.beams, grid.samples)
-    to_chest = poses.to_matrix(pose)
-    to_heart = patient.place(target) @ to_chest
-    chest = _carry(to_chest.float().to(device), grid.points, shape)
-    matrix = to_heart.float().to(device)
-    heart = _carry(matrix, grid.points, shape)
-    scene = patient.scene(heart, chest, phase.to(device), grid.near, without)
-
-    field = _echo(patient, scene, chest, matrix, grid, without)
-    re, im = field
-    # Frame noise: which of the bank, by the frame's own pose and phase.
-    key = (pose * torch.tensor([17.0, 29, 41, 53, 61, 71])).sum(1) * 1000 + phase * 7919
-    pick = (key.round().long() + patient.hash).remainder(12).to(device)
-    reverb, contact = _near_field(patient, to_chest, grid)
-    weight = contact[:, :, None]
-    haze = torch.exp(-grid.depth / 60) * 0.9 + 0.25
-    haze = haze * (patient.clutter * 10 ** (-53.5 / 20))
-    floor = patient.noise * 10 ** (-67 / 20) * 10 ** (grid.depth * (9 / 160 / 20))
-    parts = []
-    for k, part in enumerate((re, im)):
-        part = grid.spread(part).mul_(weight)
-        part.addcmul_(grid.streak[k].index_select(0, pick), haze * (0.15 + 0.85 * weight))
-        part.addcmul_(grid.noise[k].index_select(0, pick), floor)
-        part[..., : grid.near] += reverb[k]
-        parts.append(part)
-    power = torch.addcmul(parts[0] * parts[0], parts[1], parts[1])
-    grey = power.add_(1e-9).log10_().mul_(10)  # dB
-    grey = (grey + (patient.gain + patient.dynamic_range)).mul_(1 / patient.dynamic_range)
-    grey = grey.clamp_(0, 1)
-    for _ in range(2):  # speckle reduction of the machine: neighbouring beams are averaged
-        smooth = grey.mul(0.5)
-        smooth[:, 1:].add_(grey[:, :-1], alpha=0.25)
-        smooth[:, :-1].add_(grey[:, 1:], alpha=0.25)
-        grey = smooth
-    image = grid.convert(grey.clamp_(0, 1).pow_(2.15).mul_(255))
-    return image, *grid.truth(scene.label)
+def _waves(x: Tensor, y: Tensor, phases: list[float]) -> Tensor:
+    """A smooth field about zero, SD near 1, over two coordinates in mm."""
+    return (
+        torch.sin(x * 0.61 + y * 0.23 + phases[0])
+        + torch.sin(x * -0.37 + y * 0.49 + phases[1])
+        + torch.sin(x * 1.13 - y * 0.31 + phases[2])
+    ) * 0.8
 
 
-def _echo(patient: Patient, scene, chest, matrix, grid: Sector, without) -> tuple[Tensor, Tensor]:
-    """The complex echo field before the point spread, attenuated and shadowed: [N, beams, D]."""
-    label = scene.label
-    index = label.flatten().to(torch.int32)
-    table = torch.tensor(
-        [0.0] + [10 ** (TISSUE[s][0] / 20) for s in STRUCTURES], device=grid.device
-    )
-    loss = torch.tensor([0.0] + [TISSUE[s][1] for s in STRUCTURES], device=grid.device)
+def _contact(patient: Patient, to_chest: Tensor, grid: Sector) -> Tensor:
+    """Share of the amplitude [N, beams] that each beam keeps at the skin and in the chest wall.
+
+    The face of the probe is 18 mm wide; contact is lost where it stands off the skin. Fat and
+    fascia, fixed to the chest, cost single beams up to some 12 dB.
+    """
+    face = torch.zeros(3, grid.beams, dtype=torch.float64)
+    face[0] = grid.theta.sin() / math.sin(HALF_ANGLE) * 9
+    at = torch.baddbmm(to_chest[:, :3, 3:], to_chest[:, :3, :3], face.expand(len(to_chest), 3, -1))
+    gap = patient.skin(at[:, 0], at[:, 1]) - at[:, 2] + patient.factors.contact
+    contact = torch.sigmoid((AIR - gap) / 0.6)
+    loss = _waves(at[:, 0] * 0.8, at[:, 1] * 0.8, patient.ripples[:3].tolist())
+    decibel = 2.0 * loss - 3.0 * (loss - 0.9).clamp(min=0) - 1.0
+    return (contact * 10 ** (decibel.clamp(max=2) / 20)).float().to(grid.device)
+
+
+def _path(patient: Patient, label: Tensor, chest: Tensor, grid: Sector) -> Tensor:
+    """Amplitude left by attenuation on the way to each sample [N, beams, samples]."""
+    loss = torch.tensor([0.0] + [TISSUE[name].loss for name in STRUCTURES], device=grid.device)
     loss = loss * (math.log(10) / 20 / 10 * grid.dr)
-    strength = table.index_select(0, index).view(label.shape)
-    path = loss.index_select(0, index).view(label.shape).cumsum(-1).neg_().exp_()
+    path = loss.index_select(0, label.flatten().to(torch.int32)).view(label.shape)
+    path = path.cumsum(-1).neg_().exp_()
     # The aperture sees round an edge: shadows have soft borders.
-    step = max(1, round(0.02 / (2 * HALF_ANGLE / (grid.beams - 1))))
+    step = max(1, round(1.15 / grid.step))
     for hop in (step, 2 * step):
         soft = path * 0.5
         soft[:, hop:-hop] += 0.25 * (path[:, : -2 * hop] + path[:, 2 * hop :])
         soft[:, :hop] += 0.5 * path[:, :hop]
         soft[:, -hop:] += 0.5 * path[:, -hop:]
         path = soft
-    # Tissue is patchy: a coarse field, fixed to it too, moves its strength up and down.
-    patch = grid.lookup(scene.material, patient.hash + 7, 3.2, parts=1)[0]
-    strength.mul_(patch.mul_(0.55).add_(scene.texture, alpha=0.65).exp_())
+    return path
 
+
+def _strength(
+    patient: Patient, scene: Scene, chest: Tensor, to_heart: Tensor, grid: Sector, without
+) -> tuple[Tensor, Tensor]:
+    """Amplitude of the scatterers and of the surfaces, both [N, beams, samples]."""
+    label = scene.label
+    echo = torch.tensor(
+        [0.0] + [10 ** (TISSUE[name].echo / 20) for name in STRUCTURES], device=grid.device
+    )
+    strength = echo.index_select(0, label.flatten().to(torch.int32)).view(label.shape)
+    # Tissue is patchy: a coarse field, fixed to it too, moves its strength up and down.
+    patch = grid.white(grid.cells(scene.material, patient.hash + 7, 3.2))
+    patch = patch.mul_(0.5).add_(scene.texture, alpha=0.9).exp_()
     # Muscle shines where its fibres lie across the beam.
     x, y, _ = scene.material
-    beam = torch.einsum("nij,jb->nib", matrix[:, :3, [0, 2]], grid.direction)[..., None]
+    turn = to_heart[:, :3, [0, 2]].float().to(grid.device)
+    beam = torch.einsum("nij,jb->nib", turn, grid.direction)[..., None]
     radius = torch.addcmul(x * x, y, y).add_(1).sqrt_()
     around = (beam[:, 1] * x - beam[:, 0] * y).div_(radius)
     helix = (scene.depth * -2).add_(1).mul_(math.radians(60))
-    dot = around.mul_(torch.cos(helix)).add_(torch.sin(helix).mul_(beam[:, 2]))
-    fibre = dot.square_().mul_(-1.15).add_(1.45)
+    along = around.mul_(torch.cos(helix)).add_(torch.sin(helix).mul_(beam[:, 2]))
+    fibre = along.square_().mul_(ANISOTROPY * math.log(10) / 20).exp_()
+    fibre.mul_(scene.skeleton)
     muscle = (label == LABEL["myocardium"]) | (label == LABEL["septum"])
-    strength.mul_(fibre.masked_fill_(~muscle, 1.0))
+    strength.mul_(torch.where(muscle, fibre, scene.skeleton)).mul_(patch)
 
-    shine = _bell(scene.blood - 0.5, 1.1).mul_(_along(scene.blood, grid.dr).square_()).mul_(0.035)
-    direct = _along(scene.heart, grid.dr)
-    deep = torch.sigmoid((grid.depth - 85) / 14) * 0.46 + 0.02
-    direct = direct.pow_(3).mul_(_bell(scene.heart - 0.9, 1.4)).mul_(deep)
-    shine.addcmul_(direct, (scene.texture * 1.4).exp_())
-    shine.addcmul_(_bell(scene.border, 1.3), _along(scene.border, grid.dr).square_(), value=0.14)
+    mirror = _bell(scene.blood - 0.5, 1.1).mul_(_incidence(scene.blood, grid.dr).square_())
+    mirror.mul_(ENDOCARDIUM)
+    # Pericardium shines against air, less against fat and chest wall.
+    air = _bell(scene.border, 10.0).mul_(PERICARDIUM - EPICARDIUM).add_(EPICARDIUM)
+    outer = _incidence(scene.heart, grid.dr).square_().square_()
+    mirror.addcmul_(outer.mul_(_bell(scene.heart - 0.9, 1.2)), air)
+    pleura = _incidence(scene.border, grid.dr).pow_(3).mul_(_bell(scene.border, 1.2))
+    mirror.add_(pleura, alpha=PLEURA)
+    x, y, z = scene.material
+    rough = torch.sin(x * 0.27 + z * 0.19 + y * 0.11) + torch.sin(y * 0.31 - x * 0.13 + z * 0.23)
+    mirror.mul_(patch).mul_(rough.mul_(0.55).exp_())
+    _lung(patient, label, strength, mirror, grid)
     near = chest[..., : grid.near]
     z = near[:, 2] - patient.skin(near[:, 0], near[:, 1])
-    wall, lines = patient.size["skin_to_heart"], patient.ripples
-    if without != "chest_wall":
-        for k, (at, high) in enumerate(((0.16, 0.05), (0.42, 0.02), (0.62, 0.035), (0.93, 0.02))):
-            bent = z + torch.sin(near[:, 0] * 0.33 + near[:, 1] * 0.21 + float(lines[k])) * 0.5
-            shine[..., : grid.near].add_(_bell(bent - at * wall, 0.8), alpha=high)
-    if without != "ribs":
+    surface = mirror[..., : grid.near]
+    if "chest_wall" not in without:
+        bend = torch.sin(near[:, 0] * 0.33 + near[:, 1] * 0.21 + float(patient.ripples[3])) * 0.6
+        for share, reflectivity in FASCIA.items():
+            layer = z + bend - share * patient.size.skin_to_heart
+            surface.add_(_bell(layer, 0.8), alpha=reflectivity)
+    if "ribs" not in without:
         ribs = patient.rib_distance(near[:, 0], near[:, 1], z)
-        shine[..., : grid.near].addcmul_(
-            _bell(ribs, 1.0), _along(ribs, grid.dr).square_(), value=0.1
-        )
-    shine.mul_(grid.surface)
-    strength.mul_(grid.tissue)
-    noise = grid.lookup(scene.material, patient.hash, VOXEL)
-    path = path * torch.exp(1.6 * torch.sigmoid((grid.depth - 68) / 14) - 0.75)
-    re = torch.addcmul(shine * (noise[0] * 0.35 + 0.6), strength, noise[0]).mul_(path)
-    im = torch.addcmul(shine * (noise[1] * 0.35), strength, noise[1]).mul_(path)
-    return re, im
+        surface.addcmul_(_bell(ribs, 1.0), _incidence(ribs, grid.dr).square_(), value=BONE)
+    return strength.mul_(grid.tissue), mirror.mul_(grid.surface)
 
 
-def _near_field(patient: Patient, to_chest: Tensor, grid: Sector) -> tuple[Tensor, Tensor]:
-    """Reverberation in the probe, complex [2, beams, near], and each beam's contact [N, beams].
+def _lung(patient: Patient, label: Tensor, strength: Tensor, mirror: Tensor, grid: Sector) -> None:
+    """A lines (the pleura again at twice its depth) and B lines (beams of reverberation)."""
+    lung = label == LABEL["lung"]
+    since = lung.float().cumsum(-1).mul_(grid.dr)
+    theta = grid.theta.float().to(grid.device)[:, None]
+    first, second = patient.ripples[4:6].tolist()
+    comet = torch.sin(theta * 31 + first) * torch.sin(theta * 47 + second)
+    comet = comet.clamp(min=0).square() * 2.5 + 0.35
+    strength.mul_(torch.where(lung, comet, 1.0))
+    again = _bell(since.mul_(2).sub_(grid.depth), 1.2).mul_(lung)
+    mirror.add_(again, alpha=0.05)
 
-    The face of the probe is 18 mm wide; contact is lost where it stands off the skin.
-    """
-    device, face = grid.device, torch.zeros(3, grid.beams, dtype=torch.float64)
-    face[0] = grid.theta.sin() / math.sin(HALF_ANGLE) * 9
-    at = torch.baddbmm(to_chest[:, :3, 3:], to_chest[:, :3, :3], face.expand(len(to_chest), 3, -1))
-    gap = patient.skin(at[:, 0], at[:, 1]) - at[:, 2]
-    contact = torch.sigmoid((5.7 - gap) / 0.6).float().to(device)
-    ripple = sum(
-        torch.sin(grid.theta * (3 + 3 * k) + float(p)) for k, p in enumerate(patient.ripples[:4])
-    )
-    contact = contact * (1 + 0.2 * ripple).clamp(min=0.2).float().to(device)
+
+def _side_lobes(field: Tensor, grid: Sector) -> Tensor:
+    """Amplitude of what neighbouring beams leak in, [N, beams, samples], from the field's own."""
+    power = grid.side_lobes @ field.square().clamp_(max=0.02)
+    return power.clamp_(min=1e-12).sqrt_().mul_(10 ** (SIDE_LOBES / 20) * 6)
+
+
+def _clutter(
+    patient: Patient, pose: Tensor, phase: Tensor, path: Tensor, contact: Tensor, grid: Sector
+) -> list[tuple[Tensor, Tensor]]:
+    """Real and imaginary part of noise, haze and near-field echoes, each with its unit streaks."""
+    # Which image of the bank: by the frame's own pose and phase.
+    key = (pose * torch.tensor([17.0, 29, 41, 53, 61, 71])).sum(1) * 1000 + phase * 7919
+    pick = (key.round().long() + patient.hash).remainder(BANK).to(grid.device)
+    ladder = _ladder(patient, grid)
+    poor = (1 - contact).clamp_(0, 1)[:, :, None]
+    haze = torch.exp(-grid.depth / 35) * 2.2 + 0.5
+    haze = haze * 10 ** ((HAZE + patient.clutter) / 20)
+    floor = 10 ** ((NOISE + patient.noise + grid.depth * (6 / 160)) / 20)
+    haze = haze * (0.7 + 0.3 * contact[:, :, None])
+    parts = []
+    for part in range(2):
+        streak = grid.streak[part].index_select(0, pick)
+        echo = grid.noise[part].index_select(0, pick).mul_(floor)
+        echo.addcmul_(streak, haze)
+        echo[..., : grid.near].addcmul_(ladder[part], 1 + 2.5 * poor)
+        parts.append((echo, streak))
+    return parts
+
+
+def _ladder(patient: Patient, grid: Sector) -> Tensor:
+    """Reverberation between probe and skin, complex [2, beams, near]: rungs 5 mm apart."""
     r = grid.depth[: grid.near]
-    arcs = torch.zeros(2, grid.beams, grid.near, device=device)
-    theta = grid.theta.float().to(device)[:, None]
-    for k, high in enumerate((0.16, 0.24, 0.45, 0.07), 1):
-        wave = torch.sin(theta * (6 + 5 * k) + float(patient.ripples[k])) * 0.5 + 0.6
-        wave = wave * torch.exp(-((theta - 0.1 * math.sin(patient.ripples[k])) / 0.22).square())
-        bend = 0.8 * torch.cos(theta * 3 + float(patient.ripples[k + 3]))
-        at_depth = k * (5.2 + 0.6 * math.sin(patient.ripples[5])) + bend
-        arc = torch.exp(-(((r - at_depth) / 0.7) ** 2)) * wave * high
-        phase = float(patient.ripples[k]) + theta * 9
-        arcs[0] += arc * torch.cos(phase)
-        arcs[1] += arc * torch.sin(phase)
-    return arcs, contact
+    theta = grid.theta.float().to(grid.device)[:, None]
+    shift = patient.ripples.tolist()
+    rungs = torch.zeros(2, grid.beams, grid.near, device=grid.device)
+    for k, height in enumerate((0.12, 0.12, 0.18, 0.06, 0.03, 0.015, 0.008), 1):
+        wave = torch.sin(theta * (6 + 4 * k) + shift[k]) * 0.5 + 0.6
+        wave = wave * torch.exp(-((theta - 0.1 * math.sin(shift[k])) / 0.24).square())
+        bend = 0.8 * torch.cos(theta * 3 + shift[k + 3])
+        at = k * (5.2 + 0.6 * math.sin(shift[5])) + bend
+        rung = torch.exp(-(((r - at) / 0.7) ** 2)) * wave * height
+        angle = shift[k] + theta * 9
+        rungs[0] += rung * torch.cos(angle)
+        rungs[1] += rung * torch.sin(angle)
+    return rungs
+
+
+def _time_gain(patient: Patient, grid: Sector) -> Tensor:
+    """The patient's time-gain curve, dB, at every sample: straight between the sliders."""
+    sliders = torch.from_numpy(patient.time_gain).float().to(grid.device)
+    place = (grid.depth * (1 / 25)).clamp(max=len(sliders) - 1.001)
+    first = place.long()
+    return torch.lerp(sliders[first], sliders[first + 1], place - first)
 
 
 def speckle_ratio(size: int = 224, draws: int = 6) -> float:
@@ -422,7 +369,7 @@ def speckle_ratio(size: int = 224, draws: int = 6) -> float:
     for n in range(draws):
         x = grid.points[0].view(1, grid.beams, grid.samples) + 211.3 * n
         z = grid.points[2].view(1, grid.beams, grid.samples)
-        re, im = grid.lookup((x, x * 0.31 + 0.2 * z, z), 5 + n, 0.6)
+        re, im = grid.lookup((x, x * 0.31 + 0.2 * z, z), 5 + n)
         envelope = torch.hypot(grid.spread(re), grid.spread(im))[0, 8:-8, 40:-8]
         bands = envelope.unfold(1, 24, 24)  # alike in depth
         ratios.append(float((bands.mean((0, 2)) / bands.std((0, 2))).mean()))

@@ -1,8 +1,8 @@
 """Where the probe goes: searches that end at the target plane, and independent perturbations.
 
-The spread (mm and degrees) is that of a published real scan. A search tells the answer by its
-direction of travel, so half the transitions are pairs whose motion is drawn without looking at the
-first pose: the second pose is the first one composed with the motion.
+The spread (mm and degrees) is that of a published real scan. The direction of a search gives its
+goal away, so half of the transitions are pairs whose motion is drawn independently of the first
+pose: the second pose is the first one composed with the motion.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,14 @@ from dreamer import poses
 SPREAD = np.array([4.0, 5.5, 3.0, 18.0, 6.0, 15.0])  # mm and degrees, standard deviations
 SIDE = np.array([0.0, 0.0, 0.0, 7.0, 0.0, -4.0])  # where searches come from, as in that scan
 STEP = np.array([2.2, 2.2, 2.2, 7.0, 4.0, 7.0])  # of an independent motion; no direction preferred
-TICK = 1 / 26  # share of a heartbeat between two frames of the scanner
+TICK = 1 / 26  # share of a mean heartbeat between two frames of the scanner
 MOTIONS = ("search", "independent")
 
 
 class Plan(NamedTuple):
     """F frames and T transitions of one patient: `pose` [F, 6] mm and degrees, `phase` [F] of the
-    cycle, `number` [F] the frame's number, `pairs` [T, 2] rows of frames, `motion` [T] texts."""
+    cycle, `number` [F] of each frame, `pairs` [T, 2] rows of frames, `motion` [T] one of MOTIONS.
+    """
 
     pose: NDArray[np.float64]
     phase: NDArray[np.float64]
@@ -54,8 +55,10 @@ def independent(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
     return np.stack((start, end), 1)
 
 
-def plan(seed: int | list[int], transitions: int) -> Plan:
+def plan(seed: int | list[int], transitions: int, rate: float = 1.0) -> Plan:
     """All frames and transitions of a patient: the first half a search, the rest independent.
+
+    `rate`: the heart rate as a multiple of the mean one.
 
     The frames of a search are shared, the second frame of a transition being the first of the
     next, and lie 1 to 3 ticks apart; an independent pair has two frames of its own. Poses are
@@ -71,7 +74,7 @@ def plan(seed: int | list[int], transitions: int) -> Plan:
     begin = first + 8 * np.arange(transitions - half)
     number.append(np.stack((begin, begin + gaps[half:]), 1).ravel())
     number = np.concatenate(number)
-    phase = rng.random() + number * TICK
+    phase = rng.random() + number * (TICK * rate)
     phase[len(walk) :] += np.repeat(rng.random(transitions - half), 2)
     pose = np.concatenate((walk, pairs.reshape(-1, 6))).round(6)
     rows = [(i, i + 1) for i in range(half)]

@@ -34,7 +34,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -86,12 +86,6 @@ class NavigationConfig(BaseModel):
     farthest_mm: float = Field(30.0, gt=0)
     farthest_deg: float = Field(30.0, gt=0)
 
-    @model_validator(mode="after")
-    def _has_room(self):
-        if self.nearest_mm >= self.farthest_mm or self.nearest_deg >= self.farthest_deg:
-            raise ValueError("nearest must be less than farthest, in mm and in degrees")
-        return self
-
 
 class Person(NamedTuple):
     """A virtual patient: a name for the tables and the seed of `dreamer.phantom.Patient`."""
@@ -132,7 +126,7 @@ def limited(motion: Tensor, mm: float, deg: float) -> Tensor:
 def draw_start(rng: np.random.Generator, config: NavigationConfig) -> NDArray[np.float64]:
     """A starting pose [6], mm and degrees.
 
-    Raises ValueError where `spread` all but excludes starts between nearest and farthest.
+    Raises ValueError where hardly any lies between nearest and farthest.
     """
     for _ in range(2000):
         z = np.clip(rng.standard_normal(6), -2.2, 2.2)
@@ -141,7 +135,7 @@ def draw_start(rng: np.random.Generator, config: NavigationConfig) -> NDArray[np
         near = mm <= config.nearest_mm and deg <= config.nearest_deg
         if mm <= config.farthest_mm and deg <= config.farthest_deg and not near:
             return pose
-    raise ValueError(f"spread {config.spread}: no start lies between nearest and farthest")
+    raise ValueError(f"no start lies between nearest and farthest: {config}")
 
 
 # The environment
@@ -369,19 +363,23 @@ class Plan(Follow):
     """
 
     def __init__(
-        self, model: CardiacDreamer, config: NavigationConfig, candidates: int = 8,
-        elites: int = 3, rounds: int = 2, window: int = 1, seed: int = 0,
-    ):  # fmt: skip
+        self,
+        model: CardiacDreamer,
+        config: NavigationConfig,
+        candidates: int = 8,
+        elites: int = 3,
+        rounds: int = 2,
+    ):
         if model.world is None:
             raise ValueError("token_type none has no world model to plan with")
         if not 1 < elites <= candidates or rounds < 1:
             raise ValueError(f"1 < elites <= candidates, rounds >= 1; got {elites}, {candidates}")
-        self.candidates, self.elites, self.rounds, self.seed = candidates, elites, rounds, seed
-        super().__init__(model, config, window)
+        self.candidates, self.elites, self.rounds = candidates, elites, rounds
+        super().__init__(model, config)
 
     def reset(self, seeds: Sequence[int] = ()) -> None:
         super().reset(seeds)
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator().manual_seed(0)
 
     def cost(self, pose: Tensor) -> Tensor:
         mm, deg = away(pose)
@@ -429,19 +427,20 @@ def policy(name: str, model: CardiacDreamer, config: NavigationConfig, **plan: i
         return Follow(model, config, WINDOW)
     if name == "plan":
         return Plan(model, config, **plan)
-    reach = np.repeat([config.limit_mm, config.limit_deg], 3)
-    to_plane = poses.remaining(model.pose_mean.cpu().double()) if model is not None else None
-    answers = {
-        "stay": lambda pose, draws: torch.zeros_like(pose),
-        "random": lambda pose, draws: torch.from_numpy(
-            np.array([rng.uniform(-reach, reach) for rng in draws])
-        ),
-        "mean pose": lambda pose, draws: to_plane.expand_as(pose),
-        "oracle": lambda pose, draws: poses.remaining(pose),
-    }
-    if name not in answers:
+    if name not in CONTROLS:
         raise ValueError(f"policy {name} is unknown; one of {', '.join(POLICIES)}")
-    return Control(answers[name])
+    reach = np.repeat([config.limit_mm, config.limit_deg], 3)
+
+    def answer(pose: Tensor, draws: Sequence[np.random.Generator]) -> Tensor:
+        if name == "stay":
+            return torch.zeros_like(pose)
+        if name == "random":
+            return torch.from_numpy(np.array([rng.uniform(-reach, reach) for rng in draws]))
+        if name == "mean pose":
+            return poses.remaining(model.pose_mean.cpu().double()).expand_as(pose)
+        return poses.remaining(pose)
+
+    return Control(answer)
 
 
 # Many searches
@@ -486,9 +485,12 @@ def draw_starts(
 
 
 def search(
-    policies: Mapping[str, Follow | Control], starts: Sequence[Start], config: NavigationConfig,
-    target: str = "a4c", size: int = 112,
-) -> pd.DataFrame:  # fmt: skip
+    policies: Mapping[str, Follow | Control],
+    starts: Sequence[Start],
+    config: NavigationConfig,
+    target: str = "a4c",
+    size: int = 112,
+) -> pd.DataFrame:
     """One row per step of every policy's search from every start, all steps being made.
 
     Columns: policy, patient, start, step (0 is the start), the six axes, translation (mm) and
@@ -522,9 +524,14 @@ def search(
 
 
 def navigate(
-    runs: Sequence[str | Path], starts: Sequence[Start], target: str, config: NavigationConfig,
-    policies: Sequence[str] = POLICIES, plan: Mapping[str, int] | None = None, part: int = 12,
-) -> pd.DataFrame:  # fmt: skip
+    runs: Sequence[str | Path],
+    starts: Sequence[Start],
+    target: str,
+    config: NavigationConfig,
+    policies: Sequence[str] = POLICIES,
+    plan: Mapping[str, int] | None = None,
+    part: int = 12,
+) -> pd.DataFrame:
     """Tables of `search` for every run and policy, with columns run, seed, variant and target.
 
     Controls do not depend on training and are those of the first run. Each run, policy and `part`

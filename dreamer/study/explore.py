@@ -44,15 +44,16 @@ def in_words(motion: Tensor) -> str:
 
 def paint(frame: NDArray[np.uint8], grid: NDArray | None = None, side: int = 300) -> bytes:
     """PNG of a frame [S, S], a map [h, w] over it: red above zero, blue below, opaque by size."""
-    page = np.float32(Image.fromarray(frame).resize((side, side)).convert("RGB"))
+    page = Image.fromarray(frame).resize((side, side)).convert("RGB")
     if grid is not None:
         grid = grid - max(grid.min(), 0)
-        share = Image.fromarray(np.float32(grid / max(np.abs(grid).max(), 1e-9)))
-        share = np.asarray(share.resize((side, side), Image.Resampling.NEAREST))[..., None]
-        colour = np.where(share > 0, (213, 94, 0), (0, 114, 178))
-        page += 0.5 * np.abs(share) * (colour - page)
+        opacity = 127 * np.abs(grid) / max(np.abs(grid).max(), 1e-9)
+        colour = np.where(grid[..., None] > 0, (213, 94, 0), (0, 114, 178))
+        over, mask = (Image.fromarray(np.uint8(values)) for values in (colour, opacity))
+        nearest = ((side, side), Image.Resampling.NEAREST)
+        page.paste(over.resize(*nearest), mask=mask.resize(*nearest))
     stream = io.BytesIO()
-    Image.fromarray(page.astype(np.uint8)).save(stream, "PNG", compress_level=1)
+    page.save(stream, "PNG", compress_level=1)
     return stream.getvalue()
 
 
@@ -85,9 +86,8 @@ class Explorer:
     @torch.no_grad()
     def _predict(self, variant: str, view: tuple) -> tuple[Tensor, Tensor]:
         """Feature map [1, C, h, w] and predicted pose [6] of a view."""
-        model, frame = self.models[variant], self.frame(*view)[None, None]
-        features = model.encode(torch.from_numpy(frame))
-        return features, model.imagine(features, torch.zeros(1, 6)).pose[0].double()
+        features = self.models[variant].encode(torch.from_numpy(self.frame(*view))[None, None])
+        return features, self.models[variant].imagine(features, torch.zeros(1, 6)).pose[0].double()
 
     def _map(self, variant: str, view: tuple, kind: str) -> NDArray | None:
         """Map [h, w] of `kind`: none, attention (rollout) or attribution (of the rotation)."""

@@ -24,7 +24,6 @@ from dreamer import phantom, poses
 from dreamer.attribution import encode, frames_at_once, pose_target
 from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer
-from dreamer.phantom.render import APEX
 from dreamer.runs import load_config, make_split
 
 NOT_HEART = ("mediastinum", "lung", "liver", "chest_wall", "ribs")
@@ -107,10 +106,12 @@ def nearest(sample: Sample, count: int) -> list[int]:
 
 
 class Truth(NamedTuple):
-    """What the phantom knows of N frames: `labels` uint8 [N, S, S], `structures` by label - 1;
-    `whole` uint8 [N, 1, S, S]; `without`: structure -> (frames [K], images without it)."""
+    """What the phantom knows of N frames: `labels` uint8 [N, S, S], `structures` by label - 1, and
+    which pixels are `visible`, not shadowed; `whole` uint8 [N, 1, S, S]; `without`: structure ->
+    (frames [K], images without it)."""
 
     labels: Tensor
+    visible: Tensor
     structures: tuple[str, ...]
     whole: Tensor
     without: dict[str, tuple[NDArray, Tensor]]
@@ -148,6 +149,7 @@ def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> 
     size = sample.images.shape[-1]
     whole = torch.zeros_like(sample.images)
     labels = torch.zeros(len(whole), arguments["size"], arguments["size"], dtype=torch.uint8)
+    visible = torch.zeros_like(labels, dtype=torch.bool)
     removed: dict[str, list[tuple[NDArray, Tensor]]] = {name: [] for name in names}
     scans = np.unique(sample.scan)
     for scan in tqdm(scans, progress, leave=False, disable=progress is None):
@@ -156,6 +158,7 @@ def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> 
             rows = pd.Index(known["frames"]).get_indexer(sample.frame[where])
             pose, phase = (torch.from_numpy(known[k][rows]) for k in ("pose", "phase"))
             labels[where] = torch.from_numpy(known["labels"][rows])
+            visible[where] = torch.from_numpy(known["visible"][rows])
         whole[where] = _render(arguments, scan, pose, phase, None, size)
         for number, name in enumerate(names, 1):
             area = (labels[where] == number).sum((1, 2)) / (labels[where] > 0).sum((1, 2))
@@ -176,7 +179,7 @@ def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> 
             images = torch.cat([i for _, i in parts])
             if not torch.equal(images, whole[rows]):  # tissue between all others cannot be removed
                 without[name] = rows, images
-    return Truth(labels, names, whole, without)
+    return Truth(labels, visible, names, whole, without)
 
 
 def sweep(sample: Sample, axis: str, offsets: Sequence[float], number: int = 0) -> Tensor | None:
@@ -188,21 +191,6 @@ def sweep(sample: Sample, axis: str, offsets: Sequence[float], number: int = 0) 
     pose[:, poses.AXES.index(axis)] = torch.tensor(list(offsets), dtype=torch.float32)
     scan = np.unique(sample.scan)[number]
     return _render(card[0], scan, pose, 0.0, None, sample.images.shape[-1])
-
-
-def shadow(labels: Tensor, rib: int) -> Tensor:
-    """Pixels [N, S, S] behind a pixel labelled `rib` on the same line of sight."""
-    n, size, _ = labels.shape
-    scale = size / 224
-    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    dx = column - ((APEX[0] + 0.5) * scale - 0.5)
-    dy = row - ((APEX[1] + 0.5) * scale - 0.5)
-    depth, line = torch.hypot(dx, dy), (torch.atan2(dx, dy) + torch.pi) / (2 * torch.pi)
-    line = (line * 4 * size).long().flatten()
-    at_rib = torch.where(labels.flatten(1) == rib, depth.flatten(), torch.inf)
-    first = torch.full((n, 4 * size + 1), torch.inf)
-    first = first.scatter_reduce(1, line.expand(n, -1), at_rib, "amin")
-    return (depth.flatten() > first.gather(1, line.expand(n, -1))).view_as(labels)
 
 
 class Anatomy(NamedTuple):
@@ -221,12 +209,10 @@ class Anatomy(NamedTuple):
 
 def anatomy(known: Truth, grid: tuple[int, int]) -> Anatomy:
     """The `Anatomy` of a truth's frames on a grid (h, w)."""
-    names, visible = known.structures, known.labels.clone()
-    if "ribs" in names:
-        visible[shadow(known.labels, names.index("ribs") + 1)] = 0
-    numbers = range(1, len(names) + 1)
-    filled = [F.adaptive_avg_pool2d((visible == i).float(), grid) for i in numbers]
-    dose = torch.full((len(visible), len(names), *grid), torch.nan)
+    names, numbers = known.structures, range(1, len(known.structures) + 1)
+    shown = known.labels * known.visible
+    filled = [F.adaptive_avg_pool2d((shown == i).float(), grid) for i in numbers]
+    dose = torch.full((len(shown), len(names), *grid), torch.nan)
     for name, (where, images) in known.without.items():
         change = (images.float() - known.whole[where].float()).abs()
         dose[where, names.index(name)] = F.adaptive_avg_pool2d(change, grid)[:, 0]
