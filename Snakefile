@@ -24,6 +24,7 @@ from pathlib import Path
 
 import dreamer.pipeline
 from dreamer.pipeline import known_parameters, preset_parameters
+from dreamer.records import find_patients, find_scans, folds
 
 VARIANTS = ("patch", "channel", "none")  # none: no transformer
 PLANES = ("a4c", "plax", "psax-av", "psax-mv")
@@ -91,9 +92,11 @@ if PLANE not in PLANES or (OWN_DATA and "plane" in config):
 
 if OWN_DATA:
     DATA, NAME = OWN_DATA, f"{PRESET}-{Path(OWN_DATA).resolve().name}"
-    DATA_READY = sorted(map(str, Path(DATA).glob("*/transitions_dataset.json")))
-    if not DATA_READY:
-        raise WorkflowError(f"data={DATA}: no folder in it holds a transitions_dataset.json")
+    try:
+        DATA_READY = sorted(map(str, find_scans(DATA).values()))
+        DEALT = folds(find_patients(DATA), len(FOLDS)) if len(FOLDS) > 1 else []
+    except (ValueError, FileNotFoundError) as error:
+        raise WorkflowError(f"data={DATA}, folds={len(FOLDS)}: {error}")
 else:
     patients, frames, size = PHANTOM[PRESET]
     other = "" if PLANE == "a4c" else f"-{PLANE}"
@@ -103,8 +106,8 @@ else:
         Path(DATA_READY[0]).unlink(missing_ok=True)
 if not SEEDS:
     raise WorkflowError(f"seeds={config['seeds']}: at least one training of each variant")
-if len(FOLDS) > 1 and not len(FOLDS) <= len(DATA_READY) > 2:
-    raise WorkflowError(f"folds={len(FOLDS)} needs data=... with as many scans, three at least")
+if len(FOLDS) > 1 and not OWN_DATA:
+    raise WorkflowError(f"folds={len(FOLDS)} needs data=... with as many patients")
 
 RUNS = f"data/runs/{NAME}"
 # The committed figures are written only on request.
@@ -123,7 +126,10 @@ TRAINED = [
 
 def state_of_code() -> str:
     """Digest of all code that trains: runs are compared only where they share it."""
-    core = ("files", "poses", "data", "tokens", "options", "model", "runs", "training")
+    core = (
+        "files", "poses", "images", "records", "data", "tokens", "options", "model", "runs",
+        "training",
+    )
     folder = Path(dreamer.pipeline.__file__).parent
     files = [folder / f"{name}.py" for name in core] + sorted((folder / "phantom").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
@@ -171,11 +177,9 @@ def training(run):
     variant, *fold, seed = run.split("-")
     given = dict(token_type=variant, seed=int(seed[4:]), run=f"{RUNS}/{run}")
     given["output"] = f"{RUNS}/tables/{run}"
-    if fold:  # every scan is tested once; the next fold's scans validate
-        scans, k = [Path(file).parent.name for file in DATA_READY], int(fold[0][4:])
+    if fold:
         preset = preset_parameters(PRESET_FILE, NOTEBOOKS[TRAINING]).get("training", {})
-        parts = dict(test=scans[k :: len(FOLDS)], val=scans[(k + 1) % len(FOLDS) :: len(FOLDS)])
-        given["training"] = {**preset, "split": "patient", **parts}
+        given["training"] = {**preset, "split": "patient", **DEALT[int(fold[0][4:])]}
     return parameters(TRAINING, **given)
 
 

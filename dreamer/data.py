@@ -1,46 +1,48 @@
 """Recorded or synthetic transitions: read, checked as a whole, split without leaks, normalised.
 
-Layout (published with Cardiac-Dreamer): `<folder>/<scan>/transitions_dataset.json` is a list of
-records {frame_t1, frame_t2, ft1_image_path, ft2_image_path, at1_6dof, action_change_6dof,
-at2_6dof}; poses in mm and degrees relative to the target plane; image paths relative to the scan,
-with either slash. `action_change_6dof` is at2 - at1 element by element, or the motion P1^-1 P2.
+Layout (published with Cardiac-Dreamer): `<folder>/<scan>/transitions_dataset.json`, or
+`<folder>/<patient>/<scan>/...`, is a list of records {frame_t1, frame_t2, ft1_image_path,
+ft2_image_path, at1_6dof, action_change_6dof, at2_6dof}; poses in mm and degrees relative to the
+target plane; image paths relative to the scan, with either slash. `action_change_6dof` is at2 - at1
+element by element, or the motion P1^-1 P2. data/README.md describes it in full.
 """
 
 import hashlib
-import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dreamer import poses
+from dreamer.images import Reading, store_frames
+from dreamer.records import (
+    TOLERANCE,
+    DataError,
+    as_text,
+    count,
+    find_patients,
+    find_scans,
+    folds,
+    load_reading,
+    natural,
+    patients_of,
+    read_scan,
+    report,
+)
+
+__all__ = [
+    "Batch", "DataError", "Reading", "Split", "Statistics", "Transitions", "find_patients",
+    "find_scans", "folds", "mean_pose", "split_by_blocks", "split_by_patient", "statistics",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-RECORDS = "transitions_dataset.json"
-IMAGES, FRAMES = ("ft1_image_path", "ft2_image_path"), ("frame_t1", "frame_t2")
-VECTORS = ("at1_6dof", "action_change_6dof", "at2_6dof")
-TOLERANCE = 1e-2  # mm and degrees: how far a recorded action may lie from its two poses
-
-
-class DataError(ValueError):
-    """A folder of scans that cannot be used; the text lists its problems, file by file."""
-
-    def __init__(self, folder: Path, problems: Sequence[str]):
-        shown = "\n".join(f"  - {text}" for text in problems[:10])
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        noun = "problem" if len(problems) == 1 else "problems"
-        super().__init__(f"{folder}: {len(problems)} {noun}\n{shown}{more}")
 
 
 class Statistics(NamedTuple):
@@ -77,65 +79,23 @@ class Split(NamedTuple):
     kind: str
 
 
-def _vector(record: dict, field: str) -> list[float] | None:
-    value = record.get(field)
-    if not isinstance(value, list) or len(value) != 6:
-        return None
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-    return value if numbers and np.isfinite(value).all() else None
-
-
-def _read_records(path: Path, problems: list[str]) -> list[dict]:
-    """The records of one scan that are complete; what is wrong with the others is noted."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: not valid JSON ({error}); write it again")
-        return []
-    if not isinstance(records, list) or not records:
-        problems.append(f"{path}: expected a list of records and at least one")
-        return []
-    good = []
-    for number, record in enumerate(records):
-        where = f"{path}, record {number}"
-        if not isinstance(record, dict):
-            problems.append(f"{where}: expected an object, got {type(record).__name__}")
-            continue
-        names = [f for f in IMAGES + FRAMES if not isinstance(record.get(f), str)]
-        vectors = [f for f in VECTORS if _vector(record, f) is None]
-        problems += [f"{where}, {f}: missing, or not a text" for f in names]
-        problems += [f"{where}, {f}: six finite numbers are needed" for f in vectors]
-        if not names and not vectors:
-            good.append(record)
-    return good
-
-
-def _check_actions(path: Path, vectors: NDArray, problems: list[str]) -> None:
-    """`vectors` [N, 3, 6]: start, recorded action, end. One convention must fit all of a scan."""
-    start, action, end = torch.from_numpy(vectors).unbind(1)
-
-    def misfit(expected: Tensor) -> Tensor:
-        gap = action - expected
-        return torch.cat((gap[:, :3], poses.wrap(gap[:, 3:])), 1).abs().amax(1)
-
-    gaps = [misfit(end - start), misfit(poses.relative(start, end))]
-    if all((gap > TOLERANCE).any() for gap in gaps):
-        worst = min(gaps, key=lambda gap: (gap > TOLERANCE).sum())
-        number = int(worst.argmax())
-        problems.append(
-            f"{path}, record {number}, action_change_6dof: off by {worst[number]:.3g} from "
-            "at2 - at1 and no P1^-1 P2 either; record one of the two, in mm and degrees"
-        )
-
-
 class Transitions(Dataset):
     """All transitions of a folder of scans, checked as a whole before anything else happens.
 
-    N transitions over M distinct frames: `pose1`, `action` (the motion P1^-1 P2), its inverse
+    N transitions over M different images: `pose1`, `action` (the motion P1^-1 P2), its inverse
     `undone`, `pose2` float32 [N, 6] in mm and degrees; `rows` [N, 2] into `frames` uint8
     [M, S, S] (memory-mapped, S is `image_size` or the frames' own); `scan`, `patient`, `motion`
-    [N], `frame` [N, 2] texts; `digest` of the pictures. `patients` maps scan -> patient; without
-    it a scan is a person.
+    [N], `frame` [N, 2] texts, `frame_id` [N, 2] their numbers; `blank` [M], images of a single
+    grey level; `digest` of images and poses.
+
+    Args:
+        folder: of scans, see `find_scans`.
+        image_size: pixels that frames are brought to.
+        patients: scan -> patient; without it as `find_patients`.
+        cache: folder for decoded frames, see `dreamer.images.cache_folder`.
+        reading: fields of `dreamer.images.Reading`, where the folder differs from the layout, over
+            those of <folder>/reading.yaml.
+
     Raises DataError with every problem found, FileNotFoundError without a folder, OSError where
     the disk is too full for the decoded frames.
     """
@@ -146,64 +106,110 @@ class Transitions(Dataset):
         image_size: int | None = None,
         patients: Mapping[str, str] | None = None,
         cache: str | Path | None = None,
+        reading: Reading | Mapping[str, Any] | None = None,
     ):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"data: no folder {self.folder}; see data/README.md")
-        scans = sorted(p.parent for p in self.folder.glob(f"*/{RECORDS}"))
-        scans = [s for s in scans if not s.name.startswith((".", "_"))]
-        if not scans:
-            raise DataError(self.folder, [f"no scans: no */{RECORDS} in it; see data/README.md"])
+        self.reading, stated = load_reading(self.folder, reading)
+        scans = find_scans(self.folder)
         problems: list[str] = []
-        names = {scan.name for scan in scans}
-        if patients is not None and (missing := sorted(names - set(patients))):
-            problems.append(f"patients: no patient given for scan {', '.join(missing)}")
-        if patients is None:
-            log.warning("%s: each of the %d scans counts as one person", folder, len(scans))
+        owner = patients_of(list(scans), patients or stated, problems)
+        read = [read_scan(n, file, self.reading, problems) for n, file in scans.items()]
+        read = [scan for scan in read if scan is not None]
+        # First frames before second ones, of which most are the former again.
+        paths = [pair[side] for side in (0, 1) for scan in read for pair in scan.paths]
+        owners = [scan.name for _ in (0, 1) for scan in read for _ in scan.paths]
+        ids: dict[tuple[str, str], int] = {}
+        frame_id = [
+            [ids.setdefault((scan.name, frame), len(ids)) for frame in pair]
+            for scan in read
+            for pair in scan.frames
+        ]
+        stored = store_frames(
+            self.folder, paths, owners, len(ids), image_size, self.reading, problems, cache
+        )
+        if stored is None:
+            raise DataError(self.folder, problems)
 
-        kept, vectors, paths = [], [], []
-        for scan in scans:
-            records = _read_records(scan / RECORDS, problems)
-            if not records:
-                continue
-            values = np.array([[r[f] for f in VECTORS] for r in records], dtype=np.float64)
-            _check_actions(scan / RECORDS, values, problems)
-            vectors.append(values)
-            kept += [(scan.name, record) for record in records]
-            named = [record[field] for record in records for field in IMAGES]
-            home, known = scan.resolve(), {}
-            found = {
-                text: _image_path(scan, home, known, text, problems)
-                for text in dict.fromkeys(named)
-            }
-            paths += [found[text] for text in named]
-        rows, self.frames, self.digest = _frames(self.folder, paths, image_size, cache, problems)
-
-        both = torch.from_numpy(np.concatenate(vectors))
-        self.rows = rows.reshape(-1, 2)
-        self.pose1, self.pose2 = both[:, 0].float(), both[:, 2].float()
-        self.action = poses.relative(both[:, 0], both[:, 2]).float()
+        row_of = dict(zip(paths, stored.rows, strict=True))
+        self.frames, self.blank = stored.frames, stored.blank
+        self.rows = np.array([[row_of[p] for p in pair] for scan in read for pair in scan.paths])
+        both = torch.from_numpy(np.concatenate([scan.pose for scan in read]))
+        self.pose1, self.pose2 = both[:, 0].float(), both[:, 1].float()
+        self.action = poses.relative(both[:, 0], both[:, 1]).float()
         self.undone = poses.inverse(self.action)
-        self.scan = np.array([name for name, _ in kept])
-        self.patient = np.array([(patients or {}).get(name, name) for name, _ in kept])
-        self.frame = np.array([[r[f] for f in FRAMES] for _, r in kept])
-        self.motion = np.array([r.get("motion", "recorded") for _, r in kept])
+        self.scan = np.array([scan.name for scan in read for _ in scan.paths])
+        self.patient = np.array([owner[name] for name in self.scan])
+        self.frame = np.array([pair for scan in read for pair in scan.frames])
+        self.frame_id = np.array(frame_id)
+        self.motion = np.array([motion for scan in read for motion in scan.motion])
+        content = hashlib.blake2b(stored.digest.encode() + both.numpy().tobytes(), digest_size=12)
+        self.digest = content.hexdigest()
+        self._check_frames(both.flatten(0, 1), problems)
+        self._check_copies(both.flatten(0, 1).numpy(), problems)
+        if problems:
+            raise DataError(self.folder, problems)
+        if self.blank.any():
+            blank = count(np.unique(self.frame_id[self.blank[self.rows]]), "frame")
+            log.warning("%s: %s of a single grey level", folder, blank)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def _check_frames(self, pose: Tensor, problems: list[str]) -> None:
+        """A frame's name stands for one pose and one image in all records of its scan."""
+        ids, rows = self.frame_id.ravel(), self.rows.ravel()
+        _, first = np.unique(ids, return_index=True)
+        first = first[ids]
+        gap = poses.errors(pose, pose[first])
+        moved = ((gap.translation > TOLERANCE) | (gap.rotation > TOLERANCE)).numpy()
+        start = {scan: np.flatnonzero(self.scan == scan)[0] for scan in set(self.scan)}
+        for wrong, what in ((moved, "poses"), (rows != rows[first], "images")):
+            once = np.unique(ids[wrong], return_index=True)[1]
+            for here in np.flatnonzero(wrong)[once]:
+                scan = self.scan[here // 2]
+                places = [f"record {at // 2 - start[scan]}" for at in (first[here], here)]
+                problems.append(
+                    f"scan {scan}, frame {self.frame.ravel()[here]}: two {what}, in "
+                    f"{places[0]} and {places[1]}; give each frame one, or two names"
+                )
+
+    def _check_copies(self, pose: NDArray, problems: list[str]) -> None:
+        """No image in scans of two patients, and no scan under two names."""
+        names, scan = np.unique(self.scan.repeat(2), return_inverse=True)
+        frames = np.unique(np.stack([self.frame_id.ravel(), scan], 1), axis=0)
+        size, rows = np.bincount(frames[:, 1]), self.rows.ravel()
+        owner = dict(zip(self.scan.tolist(), self.patient.tolist(), strict=True))
+        for pair, shared in _shared(rows, scan, ~self.blank[rows]).items():
+            one, two = names[list(pair)]
+            at = [np.flatnonzero((rows == shared[0]) & (scan == number))[0] for number in pair]
+            text = (
+                f"scans {one} and {two} share {count(shared, 'image')}, for example frame "
+                f"{' and frame '.join(self.frame.ravel()[at])}; remove the copy"
+            )
+            if owner[one] != owner[two]:
+                text += f", or give both to one patient (now {owner[one]} and {owner[two]})"
+            elif 2 * len(shared) <= size[list(pair)].min():
+                log.warning("%s", text)
+                continue
+            report([text], self.reading, problems)
+        _, same = np.unique(pose.round(6), axis=0, return_inverse=True)
+        for pair, shared in _shared(same.ravel(), scan, pose.any(1)).items():
+            if 2 * len(shared) > size[list(pair)].min():
+                one, two = names[list(pair)]
+                text = "scans %s and %s share %s: is one a copy of the other?"
+                log.warning(text, one, two, count(shared, "pose"))
 
     def images(self, rows: NDArray[np.int64]) -> Tensor:
         """Frames uint8 [B, 1, S, S] by their rows."""
         return torch.from_numpy(self.frames[rows])[:, None]
 
     def singles(self, indices: NDArray[np.int64]) -> tuple[NDArray, Tensor, NDArray]:
-        """The distinct frames among transitions: rows [K], poses [K, 6], a transition of each."""
-        seen: dict[tuple, tuple] = {}
-        for i in indices:
-            for side, pose in enumerate((self.pose1[i], self.pose2[i])):
-                seen.setdefault((self.scan[i], self.frame[i, side]), (self.rows[i, side], pose, i))
-        rows, pose, origin = zip(*seen.values(), strict=True)
-        return np.array(rows), torch.stack(pose), np.array(origin)
+        """The different frames among transitions: rows [K], poses [K, 6], a transition of each."""
+        _, first = np.unique(self.frame_id[indices].ravel(), return_index=True)
+        first.sort()
+        origin, side = np.asarray(indices)[first // 2], first % 2
+        pose = torch.stack((self.pose1[origin], self.pose2[origin]), 1)
+        return self.rows[origin, side], pose[range(len(side)), side], origin
 
     def batch(
         self,
@@ -211,8 +217,8 @@ class Transitions(Dataset):
         identity: NDArray[np.bool_] | None = None,
         reverse: NDArray[np.bool_] | None = None,
     ) -> Batch:
-        """Transitions as a `Batch`: where `reverse`, gone through backwards; then, where
-        `identity`, the second frame is the first and the action 0."""
+        """Transitions as a `Batch`: time-reversed where `reverse`; then, where `identity`, the
+        second frame is the first and the action 0."""
         first, second = self.rows[indices].T
         pose1, action, pose2 = self.pose1[indices], self.action[indices], self.pose2[indices]
         if reverse is not None:
@@ -227,102 +233,23 @@ class Transitions(Dataset):
         return Batch(self.images(first), self.images(second), pose1, action, pose2)
 
 
-def _image_path(
-    scan: Path, home: Path, known: dict[str, bool], text: str, problems: list[str]
-) -> str:
-    """The path of an image; `known` remembers which folders lie inside the scan's `home`."""
-    # As text: for thousands of frames Path takes longer than reading them.
-    path = os.path.normpath(f"{scan}{os.sep}" + text.replace("\\", "/"))
-    inside = path.startswith(os.path.normpath(scan) + os.sep) and not PureWindowsPath(text).anchor
-    if inside:
-        folder = os.path.dirname(path)
-        if folder not in known:
-            known[folder] = Path(folder).resolve().is_relative_to(home)
-        linked = os.path.islink(path)
-        inside = Path(path).resolve().is_relative_to(home) if linked else known[folder]
-    if not inside:
-        problems.append(f"{scan / RECORDS}: image {text} lies outside its scan; move it inside")
-    return path
+def _shared(
+    values: NDArray, owners: NDArray, counts: NDArray[np.bool_]
+) -> dict[tuple[int, int], list[int]]:
+    """For each pair of owners the values that both have, where `counts`."""
+    pairs = np.unique(np.stack([values, owners], 1)[counts], axis=0)
+    twice = np.flatnonzero(np.bincount(pairs[:, 0])[pairs[:, 0]] > 1)
+    several: dict[int, list[int]] = {}
+    for value, owner in pairs[twice].tolist():
+        several.setdefault(value, []).append(owner)
+    shared: dict[tuple[int, int], list[int]] = {}
+    for value, among in several.items():
+        for pair in combinations(among, 2):
+            shared.setdefault(pair, []).append(value)
+    return shared
 
 
-def _frames(
-    folder: Path,
-    paths: list[str],
-    size: int | None,
-    cache: str | Path | None,
-    problems: list[str],
-) -> tuple[NDArray[np.int64], NDArray[np.uint8], str]:
-    """Row of each path, all distinct frames and a digest of them; decoded once for a content.
-
-    The cache file's name carries a digest of the pictures, so a changed folder is decoded anew and
-    its earlier cache goes. Equal pictures (frame 2 of a record, frame 1 of the next) are one row.
-    """
-    digests: dict[str, bytes] = {}
-    for path in dict.fromkeys(paths):
-        try:
-            with open(path, "rb") as picture:
-                digests[path] = hashlib.blake2b(picture.read(), digest_size=16).digest()
-        except OSError:
-            problems.append(f"{path}: image missing or not readable")
-    distinct = {digest: path for path, digest in reversed(digests.items())}
-    order = {digest: row for row, digest in enumerate(sorted(distinct))}
-    key = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
-    content = hashlib.blake2b(b"".join(order), digest_size=12).hexdigest()
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dreamer"
-    root = Path(cache or os.environ.get("DREAMER_CACHE") or root)
-    file = root / f"{key}-{size or 'own'}-{content}.npy"
-    if problems or not file.is_file():
-        frames = _decode([distinct[digest] for digest in order], size, problems)
-        if problems:
-            raise DataError(folder, problems)
-        _store(file, frames)
-        for old in root.glob(f"{key}-{size or 'own'}-*.npy"):
-            if old != file:
-                old.unlink(missing_ok=True)
-    rows = np.array([order[digests[path]] for path in paths])
-    return rows, np.load(file, mmap_mode="r"), content
-
-
-def _decode(paths: list[str], size: int | None, problems: list[str]) -> NDArray[np.uint8]:
-    frames, shape = [], None
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                grey = image.convert("L")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            problems.append(f"{path}: not a readable image ({error})")
-            continue
-        shape = shape or grey.size
-        if grey.size != shape:
-            problems.append(
-                f"{path}: {grey.width}x{grey.height} pixels, others {shape[0]}x{shape[1]}; "
-                "bring all frames to one size"
-            )
-        elif shape[0] != shape[1]:
-            problems.append(f"{path}: {shape[0]}x{shape[1]} pixels; crop or pad to a square")
-        elif not problems:
-            if size and grey.width != size:
-                grey = grey.resize((size, size), Image.Resampling.BILINEAR)
-            frames.append(np.asarray(grey))
-    return np.stack(frames) if frames and not problems else np.zeros((0, 1, 1), np.uint8)
-
-
-def _store(file: Path, frames: NDArray[np.uint8]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(file.parent).free
-    if free < frames.nbytes + 2**26:
-        raise OSError(
-            f"{file.parent}: {free / 2**20:.0f} MiB free, {frames.nbytes / 2**20 + 64:.0f} needed "
-            "for the frame cache; free some, or point DREAMER_CACHE elsewhere"
-        )
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as part:
-        try:
-            np.save(part, frames)
-            part.flush()
-            os.replace(part.name, file)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+# Splits
 
 
 def split_by_patient(
@@ -333,19 +260,24 @@ def split_by_patient(
 ) -> Split:
     """Whole patients to validation and test: named, or a number drawn with `seed`; others train.
 
-    Raises ValueError when a patient is named twice or not in the data, or nobody is left to train.
+    Raises ValueError when a patient is named twice or not in the data, when none is left for a
+    part, and when two parts share an image.
     """
-    known = sorted(set(data.patient))
+    known = sorted(set(data.patient.tolist()))
     drawn = list(np.random.default_rng(seed).permutation(known))
-    named = {name: list(w) for name, w in (("test", test), ("val", val)) if not isinstance(w, int)}
-    for name, group in named.items():
+    wanted = {"test": test, "val": val}
+    groups = {
+        part: [as_text(name) for name in names]
+        for part, names in wanted.items()
+        if not isinstance(names, int)
+    }
+    for name, group in groups.items():
         if absent := sorted(set(group) - set(known)):
             raise ValueError(f"{name}: no patient {', '.join(absent)} in {data.folder}")
         drawn = [patient for patient in drawn if patient not in group]
-    groups = dict(named)
-    for name, wanted in (("test", test), ("val", val)):
-        if isinstance(wanted, int):
-            groups[name], drawn = drawn[:wanted], drawn[wanted:]
+    for name, number in wanted.items():
+        if isinstance(number, int):
+            groups[name], drawn = drawn[:number], drawn[number:]
     if both := sorted(set(groups["val"]) & set(groups["test"])):
         raise ValueError(f"patient {', '.join(both)} is in both validation and test")
     groups["train"] = drawn
@@ -355,47 +287,91 @@ def split_by_patient(
             "ask for fewer to validate and test, at least one each, or use split: blocks"
         )
     parts = [np.flatnonzero(np.isin(data.patient, groups[n])) for n in ("train", "val", "test")]
-    return Split(*parts, kind="patient")
+    return _without_leaks(data, Split(*parts, kind="patient"))
 
 
 def split_by_blocks(data: Transitions, blocks: int = 30, gap: int = 2) -> Split:
-    """Each scan cut in time into `blocks`, of every six one to validate and one to test.
+    """Each scan's frames cut in time into `blocks`, of every six one to validate and one to test.
 
-    `gap` records are dropped on either side of a cut between parts, where near-copies would meet.
-    For a single scan only: what it measures is interpolation. Raises ValueError if nothing is left.
+    `gap` frames are dropped on either side of a cut between parts, where near-copies would meet, as
+    are transitions that join two parts. For a single scan only: what it measures is interpolation.
+    Raises ValueError if nothing is left, or two parts share an image.
     """
-    deal = ("train", "test", "train", "train", "val", "train")
-    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    deal = np.array([0, 2, 0, 0, 1, 0])  # train, test, train, train, validate, train
+    part_of = np.full(data.frame_id.max() + 1, -1)
     for scan in dict.fromkeys(data.scan):
-        cut = np.array_split(np.flatnonzero(data.scan == scan), blocks)
-        names = [deal[number % len(deal)] for number in range(blocks)]
-        for number, (block, name) in enumerate(zip(cut, names, strict=True)):
-            start = gap if number and names[number - 1] != name else 0
-            stop = gap if number + 1 < blocks and names[number + 1] != name else 0
-            parts[name] += list(block[start : len(block) - stop])
-    if blocks < 6 or not all(parts.values()):
+        order = _in_time(data, np.flatnonzero(data.scan == scan))
+        part = np.concatenate([
+            np.full(len(block), deal[number % len(deal)])
+            for number, block in enumerate(np.array_split(order, blocks))
+        ])  # fmt: skip
+        kept = part.copy()
+        for cut in np.flatnonzero(np.diff(part)) + 1:
+            kept[max(cut - gap, 0) : cut + gap] = -1
+        part_of[order] = kept
+    first, second = part_of[data.frame_id].T
+    own = np.where(first == second, first, -1)
+    parts = [np.flatnonzero(own == number) for number in range(3)]
+    if blocks < len(deal) or not all(map(len, parts)):
+        train, val, test = map(len, parts)
         raise ValueError(
-            f"{blocks} blocks with a gap of {gap} leave "
-            + ", ".join(f"{name} {len(part)}" for name, part in parts.items())
-            + f" of {len(data)} transitions; at least 6 blocks, or a smaller gap, are needed"
+            f"{blocks} blocks with a gap of {gap} leave train {train}, val {val}, test {test} of "
+            f"{len(data)} transitions; at least 6 blocks, or a smaller gap, are needed"
         )
-    return Split(*(np.array(parts[name]) for name in ("train", "val", "test")), kind="blocks")
+    log.warning("split: %d of %d transitions dropped at cuts", (own < 0).sum(), len(data))
+    return _without_leaks(data, Split(*parts, kind="blocks"))
+
+
+def _in_time(data: Transitions, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`frame_id` of a scan's frames in the order of time: that of the records or of the names,
+    whichever makes the probe's path shorter."""
+    _, pose, _ = data.singles(indices)
+    ids, first = np.unique(data.frame_id[indices].ravel(), return_index=True)
+    names = data.frame[indices].ravel()[np.sort(first)]
+    by_name = sorted(range(len(names)), key=lambda number: natural(names[number]))
+
+    def length(order: list[int]) -> float:
+        step = pose[order].diff(dim=0)
+        return float(torch.cat((step[:, :3], poses.wrap(step[:, 3:])), 1).norm(dim=1).sum())
+
+    return ids[np.argsort(first)][min((list(range(len(names))), by_name), key=length)]
+
+
+def _without_leaks(data: Transitions, split: Split) -> Split:
+    """The split. Raises ValueError where a frame, or another with the same image, is in two parts.
+
+    Images of a single grey level do not count.
+    """
+    for one, other in combinations(("train", "val", "test"), 2):
+        rows = [np.unique(data.rows[getattr(split, part)]) for part in (one, other)]
+        both = np.intersect1d(*rows)
+        both = both[~data.blank[both]]
+        if len(both):
+            places = np.argwhere(data.rows == both[0])
+            at, side = places[0]
+            raise ValueError(
+                f"{data.folder}: both {one} and {other} hold {count(both, 'image')}, for example "
+                f"frame {data.frame[at, side]} of scan {data.scan[at]}; remove the copies, or keep "
+                "their scans in one part (patients: ...)"
+            )
+    return split
 
 
 def statistics(data: Transitions, indices: NDArray[np.int64]) -> Statistics:
     """Means and spreads over the transitions `indices` (the training part) and their frames.
 
-    An axis that never moves keeps a spread of one, so that it is neither scaled up nor divided
-    by zero.
+    Means of angles are circular. An axis that never moves keeps a spread of one, so that it is
+    neither scaled up nor divided by zero.
     """
-    rows = np.unique(data.rows[indices])
-    total, squares = 0.0, 0.0
-    for part in np.array_split(rows, max(1, len(rows) // 512)):
-        pixels = data.frames[part].astype(np.float64) / 255
-        total, squares = total + pixels.sum(), squares + (pixels**2).sum()
-    count = len(rows) * data.frames[0].size
-    mean = total / count
+    levels, counts = np.arange(256) / 255, np.zeros(256)
+    for rows in np.array_split(np.unique(data.rows[indices]), max(1, len(indices) // 64)):
+        counts += np.bincount(data.frames[rows].ravel(), minlength=256)
+    mean = np.average(levels, weights=counts)
+    variance = np.average((levels - mean) ** 2, weights=counts)
     pose = torch.cat((data.pose1[indices], data.pose2[indices])).double()
+    centre = mean_pose(pose)
+    away = pose - centre
+    away[:, 3:] = poses.wrap(away[:, 3:])
 
     def spread(values: Tensor) -> list[float]:
         std = values.pow(2).mean(0).sqrt()
@@ -403,8 +379,19 @@ def statistics(data: Transitions, indices: NDArray[np.int64]) -> Statistics:
 
     return Statistics(
         float(mean),
-        float(np.sqrt(max(squares / count - mean**2, 1e-8))),
-        pose.mean(0).tolist(),
-        spread(pose - pose.mean(0)),
+        float(np.sqrt(max(variance, 1e-8))),
+        centre.tolist(),
+        spread(away),
         spread(data.action[indices].double()),
     )
+
+
+def mean_pose(pose: Tensor) -> Tensor:
+    """Mean [6] of poses [N, 6]; angles are averaged around the circle.
+
+    Where no angle is farther than 180 degrees from the others' direction, this is their mean.
+    """
+    angles = torch.deg2rad(pose[:, 3:])
+    centre = torch.rad2deg(torch.atan2(angles.sin().mean(0), angles.cos().mean(0)))
+    centre = poses.wrap(centre + poses.wrap(pose[:, 3:] - centre).mean(0))
+    return torch.cat((pose[:, :3].mean(0), centre))

@@ -20,7 +20,9 @@ def write_scan(folder: Path, name: str, count=12, size=32, seed=0, convention="d
 
     draw = np.random.default_rng(seed)
     scan = folder / name
-    pose = np.cumsum(draw.normal(size=(count + 1, 6)), axis=0) + draw.normal(size=6) * 5
+    start = draw.normal(size=6) * 5
+    start[3:] += np.where(start[3:] < 0, -8, 8)  # so that no scan looks as if it were in radians
+    pose = np.cumsum(draw.normal(size=(count + 1, 6)), axis=0) + start
     names = [f"frame_{name}_{i:04d}" for i in range(count + 1)]
     column = np.linspace(-1, 1, size)
     for side in ("ft1", "ft2"):

@@ -126,10 +126,10 @@ def test_blocks_of_one_scan_take_the_place_of_patients(tmp_path, monkeypatch, mo
     data = Transitions(tmp_path / "one")
     split = split_by_blocks(data, 12, 2)
     found = predict_mean_pose(data, split.test, split)
-    # Two test blocks of ten records less the gaps on both sides: six transitions, seven frames.
-    assert found.groupby("patient").size().to_dict() == {"only block 1": 7, "only block 2": 7}
+    # Two test blocks of ten frames less the gaps on both sides: six frames, five transitions.
+    assert found.groupby("patient").size().to_dict() == {"only block 1": 6, "only block 2": 6}
     imagined = imagination(model, data, split.test, split).query("condition == 'imagined'")
-    assert imagined.groupby("patient").size().to_dict() == {"only block 1": 6, "only block 2": 6}
+    assert imagined.groupby("patient").size().to_dict() == {"only block 1": 5, "only block 2": 5}
 
 
 def test_action_alone_predicts_the_pose_only_where_it_leaks(data):

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 # Each file imports only from those before it; `phantom` is a package.
 CORE = (
-    "files poses phantom data importers tokens options model runs training attribution plots "
+    "files poses phantom images records data importers tokens options model runs training attribution plots "
     "pipeline page"
 ).split()
 STUDY = (

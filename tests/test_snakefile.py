@@ -133,7 +133,7 @@ def test_stopped_after_a_new_training_what_depends_on_it_runs_again(project):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [("sede=1", "config sede is unknown"), ("preset=none", "config preset=none is unknown"),
-     ("folds=5", "folds=5 needs data=... with as many scans"), ("seeds=0", "seeds=0"),
+     ("folds=5", "5 folds need 3 or more, and at least as many patients"), ("seeds=0", "seeds=0"),
      ("plane=plax", "that of the scans"), ("plane=a5c", "planes are a4c, plax")],
 )  # fmt: skip
 def test_settings_are_checked(finished, setting, message):
@@ -161,6 +161,12 @@ def test_own_data_sizes_seeds_and_folds(project):
     for fold, (test, val) in enumerate((("one", "three"), ("three", "two"), ("two", "one"))):
         assert f"patch-fold{fold}-seed1" in text
         assert re.search(rf'"test": \["{test}"\], "val": \["{val}"\]', text), fold
+    # Two scans of one patient are in one fold.
+    whose = "patients: {one: Ann, two: Ann, three: Ben, four: Cleo}"
+    shutil.copytree(project / "scans" / "one", project / "scans" / "four")
+    (project / "scans" / "reading.yaml").write_text(whose)
+    dealt = make_figures(project, "seeds=2", "folds=3", "--dry-run", "--printshellcmds")
+    assert re.search(r'"test": \["Ann"\], "val": \["Ben"\]', dealt.stdout + dealt.stderr)
     # Unseen patients: every notebook except the comparison reads the runs of one fold.
     (command,) = [
         line for line in text.splitlines() if "notebooks/07_rows.ipynb --executed" in line
