@@ -169,7 +169,11 @@ def fast(model: CardiacDreamer, dtype: torch.dtype | None = None) -> CardiacDrea
     feature maps lie channels-last, and backbone and transformer compute in `dtype` (default: bf16
     where the machine has it), without the casts of autocast. Pooling, head, and a compact backbone,
     whose few channels would lose accuracy, stay in fp32. The blocks stay ours, so that every option
-    works: cast to bf16 they take at most the time of the fused path of nn.TransformerEncoder.
+    works: cast to bf16 they took 0.81 to 1.04 times as long as the fused path of
+    nn.TransformerEncoder, less with channel tokens.
+
+    In bf16 the poses of briefly trained models move by 0.3 to 0.7% of `pose_std` on average and by
+    2.6% at most; under autocast by 0.3% and 2.1% (notebook 03 measures both).
 
     Raises ValueError for a dtype other than float32 and bfloat16.
     """
