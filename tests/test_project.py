@@ -13,8 +13,8 @@ from packaging.specifiers import SpecifierSet
 
 # Each file imports only from those before it; `phantom` is a package.
 CORE = (
-    "files poses phantom images records data importers tokens options model runs training attribution plots "
-    "pipeline page"
+    "files poses phantom images records data importers tokens options model runs training "
+    "attribution plots pipeline page"
 ).split()
 STUDY = (
     "stats results accuracy cost ground_truth faithfulness closed_loop explore ablation"
