@@ -9,7 +9,7 @@ element by element, or the motion P1^-1 P2. data/README.md describes it in full.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
