@@ -828,7 +828,8 @@ def test_the_notebook_imports_its_example(root, tmp_path):
     for name in ("00_check.csv", "00_square.png", "00_trajectory.png", "00_steps.png"):
         assert (tmp_path / "figures" / name).stat().st_size
     data = Transitions(tmp_path / "own")
-    assert len(data) == 24 and data.frames.shape == (27, 111, 111)
+    assert (len(data), len(data.frames)) == (24, 27)
+    assert 80 < data.frames.shape[1] == data.frames.shape[2] < 120  # the fan alone
     last = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0]
     found = re.search(r"again within (\S+) mm and (\S+) degrees", last["data"]["text/markdown"])
     assert max(map(float, found.groups())) < 1e-9
