@@ -351,8 +351,8 @@ def _without_leaks(data: Transitions, split: Split) -> Split:
             at, side = places[0]
             raise ValueError(
                 f"{data.folder}: both {one} and {other} hold {count(both, 'image')}, for example "
-                f"frame {data.frame[at, side]} of scan {data.scan[at]}; remove the copies, or keep "
-                "their scans in one part (patients: ...)"
+                f"frame {data.frame[at, side]} of scan {data.scan[at]}; remove the copies, keep "
+                "their scans in one part (patients: ...), or choose other blocks"
             )
     return split
 

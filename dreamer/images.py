@@ -441,9 +441,9 @@ def summary(
     notes: Counter, peak: int, shape: tuple[int, int], square: str, bits: int = 0
 ) -> list[str]:
     """What was changed in images [H, W] when they were read, in words."""
-    told = [f"{number} of the images: {note}" for note, number in notes.items()]
+    changes = [f"{number} of the images: {note}" for note, number in notes.items()]
     if peak and not bits and peak < 2**12:
-        told.append(
+        changes.append(
             f"no 16-bit image exceeds grey level {peak} of 65535, so frames are dark; if fewer "
             f"bits are in use, state them (bits: {max(peak.bit_length(), 8)})"
         )
@@ -453,8 +453,8 @@ def summary(
             "crop": "cropped to their central square",
             "fan": "black outside the fan, cut to its box and padded to a square",
         }
-        told.append(f"images of {_pixels(shape)} pixels are {rule[square]}")
-    return told
+        changes.append(f"images of {_pixels(shape)} pixels are {rule[square]}")
+    return changes
 
 
 def _pixels(shape: tuple[int, int]) -> str:

@@ -10,8 +10,10 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 import yaml
 from PIL import Image
@@ -813,3 +815,21 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r"h5py is needed: pip install -e '.\[import\]'"):
         read_hdf5(tmp_path / "a.h5")
+
+
+@pytest.mark.slow
+def test_the_notebook_imports_its_example(root, tmp_path):
+    """Without images it makes a sweep from the phantom, whose poses it must find again."""
+    papermill.execute_notebook(
+        root / "notebooks" / "00_import.ipynb", tmp_path / "out.ipynb", cwd=root,
+        parameters={"scan": str(tmp_path / "own" / "scan"), "output": str(tmp_path / "figures")},
+        progress_bar=False,
+    )  # fmt: skip
+    for name in ("00_check.csv", "00_square.png", "00_trajectory.png", "00_steps.png"):
+        assert (tmp_path / "figures" / name).stat().st_size
+    data = Transitions(tmp_path / "own")
+    assert (len(data), len(data.frames)) == (24, 27)
+    assert 80 < data.frames.shape[1] == data.frames.shape[2] < 120  # the fan alone
+    last = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0]
+    found = re.search(r"again within (\S+) mm and (\S+) degrees", last["data"]["text/markdown"])
+    assert max(map(float, found.groups())) < 1e-9
