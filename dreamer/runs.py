@@ -40,7 +40,7 @@ class TrainingConfig(BaseModel):
     `devices`: on each of `nodes`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     epochs: int = Field(30, ge=1)
     steps_per_epoch: int = Field(0, ge=0)

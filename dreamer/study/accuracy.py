@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dreamer import poses
-from dreamer.data import Split, Transitions
+from dreamer.data import Split, Transitions, mean_pose
 from dreamer.model import CardiacDreamer
 from dreamer.study import stats
 
@@ -46,7 +46,7 @@ def predict(
 def predict_mean_pose(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
     """The mean-pose baseline, a table like that of `predict`: the training part's mean pose."""
     table = _frames(data, indices, split)
-    table[PREDICTED] = _mean_pose(data.singles(split.train)[1]).numpy()
+    table[PREDICTED] = mean_pose(data.singles(split.train)[1]).numpy()
     return table
 
 
@@ -169,7 +169,7 @@ def predict_action_only(
     baseline's (`predict_mean_start`) show that the action leaks the pose.
     """
     train, test = _of_kind(data, split, motion)
-    mean = _mean_pose(data.pose1[train])
+    mean = mean_pose(data.pose1[train])
     offset = _difference(data.pose1[train], mean)
     pose_scale = offset.square().mean(0).sqrt().clamp_min(1e-6)
     action_scale = data.action[train].std(0).clamp_min(1e-6)
@@ -192,7 +192,7 @@ def predict_action_only(
 def predict_mean_start(data: Transitions, split: Split, motion: str | None = None) -> pd.DataFrame:
     """The mean-pose baseline for pose 1, on the rows of `predict_action_only`."""
     train, test = _of_kind(data, split, motion)
-    return _starts(data, test, _mean_pose(data.pose1[train]))
+    return _starts(data, test, mean_pose(data.pose1[train]))
 
 
 def _frames(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
@@ -228,13 +228,6 @@ def _of_kind(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     kept = np.full(len(data), True) if motion is None else data.motion == motion
     return split.train[kept[split.train]], split.test[kept[split.test]]
-
-
-def _mean_pose(pose: Tensor) -> Tensor:
-    """Mean [6] of poses [N, 6], of the angles the circular mean."""
-    angles = torch.deg2rad(pose[:, 3:])
-    mean = torch.atan2(angles.sin().mean(0), angles.cos().mean(0))
-    return torch.cat((pose[:, :3].mean(0), torch.rad2deg(mean)))
 
 
 def _difference(pose: Tensor, origin: Tensor) -> Tensor:
