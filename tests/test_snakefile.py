@@ -106,10 +106,8 @@ def test_every_step_leaves_its_files(finished):
 
 
 def test_nothing_runs_twice(finished):
-    start = time.monotonic()
     again = make_figures(finished)
     assert again.returncode == 0 and jobs(again) == []
-    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(
