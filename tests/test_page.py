@@ -59,5 +59,5 @@ def test_committed_figures_are_complete_and_small(root):
     text = html.unescape((folder / "index.html").read_text())
     for file in folder.glob("[0-9][0-9]_*.json"):
         assert f'src="{file.stem}.png"' in text
-        assert file.with_suffix(".png").stat().st_size < 500_000
+        assert file.with_suffix(".png").stat().st_size < 700_000
         assert file.with_suffix(".svg").exists() and file.with_suffix(".pdf").exists()
