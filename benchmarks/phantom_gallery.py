@@ -27,7 +27,7 @@ SIZE = 224
 def show(ax, image, title: str, depth: float) -> None:
     ax.imshow(image, cmap="gray", vmin=0, vmax=255)
     for centimetres in range(5, round(depth / 10), 5):
-        row, column = probe_to_pixel(0.0, centimetres * 10.0, SIZE, depth)
+        row, _ = probe_to_pixel(0.0, centimetres * 10.0, SIZE, depth)
         ax.plot([SIZE - 7, SIZE - 1], [row, row], color="0.6", lw=1)
     ax.plot(SIZE // 2 + 12, 6, "o", color="tab:green", ms=4)  # the image's right
     ax.set_title(title, fontsize=9)
