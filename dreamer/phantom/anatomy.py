@@ -53,7 +53,7 @@ TARGETS = {  # the names in the literature
     "psax-av": "parasternal short axis, aortic valve",
     "psax-mv": "parasternal short axis, mitral valve",
 }
-CUSP_HEIGHT = 10.0  # mm, from the nadir of an aortic cusp to its closure
+CUSP_HEIGHT = 12.0  # mm, from the nadir of an aortic cusp to its closure
 FAR = 50.0  # mm, a distance at which nothing is drawn
 
 
@@ -220,7 +220,7 @@ def three_cusps(
     part = torch.minimum(up.clamp(min=0), slope)
     off = height * cos - (wall - inward) * sin
     belly = torch.hypot(up - part, off + 5.0 * (part / slope) * (1 - part / slope))
-    closure = torch.hypot(inward - edge, height - height.clamp(CUSP_HEIGHT - 4, CUSP_HEIGHT))
+    closure = torch.hypot(inward - edge, height - height.clamp(CUSP_HEIGHT - 6, CUSP_HEIGHT))
     return torch.minimum(belly, closure) - valve.thickness
 
 
@@ -267,7 +267,7 @@ class Heart:
         self.inlet_shift = float(self.inlet @ hinge)
         middle = np.array([crux - 1 - ring, 2.0, 0.0])
         middle[2] = (self.inlet_shift - self.inlet[:2] @ middle[:2]) / self.inlet[2]
-        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 7)
+        pulmonary = self.at(aortic @ self.deep - self.sinus - 11.0, 19.0, length + 8)
         trunk = unit(self.at(0.88, 0.16, 0.42))
         self.valves = {
             "mitral_valve": Valve(
@@ -315,7 +315,7 @@ class Heart:
         down = unit(self.at(0.05, 0.58, 0.81))
         self.tubes = {
             "outlet": Tube(aorta.centre - aorta.axis * 9, aorta.centre, self.annulus + 0.5),
-            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 12), trunk.centre, 13.5),
+            "rvot": Tube(self.at(-0.86 * wall - 12, -26, length - 10), trunk.centre, 13.5),
             "trunk": Tube(trunk.centre, trunk.centre + trunk.axis * 42, 12.0),
             "descending": Tube(back - down * 90, back + down * 90, 11.0),
             "band": Tube(np.array([-wall, -2, 0.42 * length]),

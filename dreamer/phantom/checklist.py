@@ -57,9 +57,9 @@ class View:
         dx = self.x[a][:, None] - self.x[b]
         return float(np.hypot(dx, self.z[a][:, None] - self.z[b]).min())
 
-    def stretch(self, name: str) -> float:
-        """Longer over shorter principal axis: 1 for a disc."""
-        seen = self.mask(name)
+    def stretch(self, *names: str) -> float:
+        """Longer over shorter principal axis of the structures together: 1 for a disc."""
+        seen = np.logical_or.reduce([self.mask(name) for name in names])
         if seen.sum() < 10:
             return float("inf")
         low, high = np.linalg.eigvalsh(np.cov(self.x[seen], self.z[seen]))
@@ -127,7 +127,7 @@ def aortic_short_axis(view: View, phase: float) -> dict[str, bool]:
     aorta, la = view.centre("aorta"), view.centre("left_atrium")
     items = {
         "aorta": view.area("aorta", "aortic_valve") > 250,
-        "aorta is round": view.stretch("aorta") < 1.45,
+        "aorta is round": view.stretch("aorta", "aortic_valve") < 1.45,
         "left atrium behind": view.area("left_atrium") > 300 and la[1] > aorta[1] + 15,
         "right atrium on the left": view.area("right_atrium") > 60
         and view.centre("right_atrium")[0] < aorta[0] - 10,

@@ -44,10 +44,10 @@ TISSUE = {
     "aortic_valve": Tissue(-28, 0.5),
     "heart_wall": Tissue(-35, 0.3),
     "pericardium": Tissue(-34, 0.5),
-    "mediastinum": Tissue(-42, 0.1),
-    "lung": Tissue(-40, 0.8),
+    "mediastinum": Tissue(-43.5, 0.1),
+    "lung": Tissue(-41.5, 0.8),
     "liver": Tissue(-41, 0.4),
-    "chest_wall": Tissue(-50, 0.5),
+    "chest_wall": Tissue(-53, 0.5),
     "ribs": Tissue(-28, 28.0),
     "interatrial_septum": Tissue(-32, 0.5),
     "pulmonary_valve": Tissue(-29, 0.6),
@@ -58,17 +58,18 @@ TISSUE = {
 # Reflectivity of surfaces at right angles to the beam, as amplitude.
 ENDOCARDIUM = 0.20
 EPICARDIUM = 0.25  # against fat and chest wall
-PERICARDIUM = 1.30  # against the lung's air
+PERICARDIUM = 1.60  # against the lung's air
 PLEURA = 0.25
 BONE = 0.10
 ANISOTROPY = -16.0  # dB, fibres along the beam against fibres across it
-FASCIA = {0.20: 0.02, 0.45: 0.012, 0.65: 0.03, 0.93: 0.012}  # share of the chest wall: reflectivity
+# Layers of the chest wall: share of its thickness, and reflectivity.
+FASCIA = {0.20: 0.015, 0.45: 0.012, 0.65: 0.02, 0.93: 0.012}
 SIDE_LOBES = -37.0  # dB, energy of the neighbouring 14 degrees
 HAZE = -56.0  # dB, reverberation clutter
 NOISE = -70.0  # dB, electronic, before the time-gain curve
 SHADOWED = 13.0  # dB lost on the way: structures behind count as shadowed
 AIR = 5.7  # mm of gel: contact is lost where the probe stands further off the skin
-GAIN = 5.0  # dB, where echoes of 0 dB would saturate
+GAIN = 5.5  # dB, where echoes of 0 dB would saturate
 MAPPING = 2.5  # exponent of the machine's grey map
 
 
@@ -339,7 +340,7 @@ def _ladder(patient: Patient, grid: Sector) -> Tensor:
     theta = grid.theta.float().to(grid.device)[:, None]
     shift = patient.ripples.tolist()
     rungs = torch.zeros(2, grid.beams, grid.near, device=grid.device)
-    for k, height in enumerate((0.12, 0.12, 0.18, 0.06, 0.03, 0.015, 0.008), 1):
+    for k, height in enumerate((0.10, 0.09, 0.11, 0.05, 0.025, 0.012, 0.006), 1):
         wave = torch.sin(theta * (6 + 4 * k) + shift[k]) * 0.5 + 0.6
         wave = wave * torch.exp(-((theta - 0.1 * math.sin(shift[k])) / 0.24).square())
         bend = 0.8 * torch.cos(theta * 3 + shift[k + 3])
