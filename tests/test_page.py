@@ -54,7 +54,7 @@ def test_committed_figures_are_complete_and_small(root):
     folder = root / "figures"
     if not (folder / "index.html").exists():
         pytest.skip("figures/index.html is missing: make figures CONFIG=output=figures")
-    files = [f for f in folder.rglob("*") if f.is_file() and f.suffix != ".pdf"]
+    files = [f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".pdf", ".svg")]
     assert sum(f.stat().st_size for f in files) < 10_000_000
     text = html.unescape((folder / "index.html").read_text())
     for file in folder.glob("[0-9][0-9]_*.json"):
