@@ -23,6 +23,7 @@ from dreamer.files import write_whole
 from dreamer.runs import versions
 
 SHOWN_ROWS = 24  # a longer table is only linked
+VERDICT = "claim published estimate unit low high seeds patients verdict".split()
 
 
 def _small(image: str) -> str:
@@ -78,7 +79,10 @@ def _found(output: Path, ending: str) -> list[tuple[str, str, Path]]:
 
 
 def _html(frame: pd.DataFrame) -> str:
-    return frame.to_html(index=False, border=0, float_format="%.4g", na_rep="")
+    def number(value: float) -> str:
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
+
+    return frame.to_html(index=False, border=0, float_format=number, na_rep="")
 
 
 def write_page(output: str | Path, notebooks: str | Path) -> Path:
@@ -122,7 +126,8 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
     for number, name, file in _found(output, ".csv"):
         frame = pd.read_csv(file)
         if name.endswith("_verdicts"):
-            verdicts.append({"name": name, "html": _html(frame)})
+            shown = frame[VERDICT] if set(VERDICT) <= set(frame) else frame  # the rest is linked
+            verdicts.append({"name": name, "html": _html(shown)})
         elif number != "00":
             shown = _html(frame) if len(frame) <= SHOWN_ROWS else None
             section(number)["tables"].append({"file": f"{name}.csv", "html": shown})
