@@ -28,9 +28,9 @@ VERDICT = "claim published estimate unit low high seeds patients verdict".split(
 
 def _small(image: str) -> str:
     """A base64 image as an <img> of at most 480 px in WebP: the figures themselves lie beside."""
-    picture, webp = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB"), io.BytesIO()
-    picture.thumbnail((480, 4000))
-    picture.save(webp, "WEBP", quality=45)
+    small, webp = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB"), io.BytesIO()
+    small.thumbnail((480, 4000))
+    small.save(webp, "WEBP", quality=45)
     content = base64.b64encode(webp.getvalue()).decode()
     return f'<img alt="output of the cell above" src="data:image/webp;base64,{content}">'
 
