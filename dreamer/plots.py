@@ -7,7 +7,7 @@ colour-blind readers can tell apart (jfly.uni-koeln.de/color).
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -164,7 +164,6 @@ def overlay(
     limit: float | None = None,
     title: str = "",
     centre: float = 0.0,
-    cmap: str = "vlag",
 ) -> Axes:
     """Show a map [h, w] over its frame [S, S]: colour by value, opacity by distance from `centre`.
 
@@ -174,7 +173,7 @@ def overlay(
     show_frame(ax, image, title)
     values = np.asarray(grid, dtype=float) - centre
     limit = float(np.abs(values).max() if limit is None else limit) or 1.0
-    colours = plt.get_cmap(cmap)(np.clip(0.5 + values / (2 * limit), 0, 1))
+    colours = plt.get_cmap("vlag")(np.clip(0.5 + values / (2 * limit), 0, 1))
     colours[..., 3] = np.clip(np.abs(values) / limit, 0, 1) * 0.7
     height, width = np.shape(image)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -182,7 +181,7 @@ def overlay(
     return ax
 
 
-def outline(ax: Axes, labels: NDArray, structures: Mapping[int, str] | Sequence[int]) -> Axes:
+def outline(ax: Axes, labels: NDArray, structures: Sequence[int]) -> Axes:
     """Draw the border of structures (numbers in a label map [S, S]) in the colour of the truth."""
     for number in structures:
         inside = labels == number
