@@ -110,9 +110,9 @@ def has_bf16() -> bool:
     """Whether this machine multiplies bf16 matrices in hardware."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has = torch.cpu.get_capabilities()
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and bool(has.get("avx512_bf16") or has.get("amx_tile"))
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def versions() -> dict[str, str]:
