@@ -29,8 +29,10 @@ VERSIONED = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy", "ro
 class TrainingConfig(BaseModel):
     """How a run is trained and split. Unknown fields and values out of range are refused.
 
-    `composed`, `imagined`, `feature`, `reconstruction`: loss weights. `identity`: share of training
-    pairs that become "no motion"; `reverse`: share that is time-reversed. `batch_size`: of all
+    `composed`, `imagined`, `feature`, `reconstruction`: loss weights. `warm_up`: first epochs, in
+    which backbone and head learn without the world model. `identity`: share of training
+    pairs that become "no motion"; `reverse`: share that is time-reversed. `val_pairs`: transitions
+    validated after each epoch, evenly among those of the validation part; 0 is all. `batch_size`: of all
     processes together; an optimiser step takes `accumulate` of them. `steps_per_epoch`: batches, 0
     is one pass over the data. `optimizer`: AdamW as published, or Muon. The learning rate follows
     one cycle. `patience`: epochs without a better validation loss before stopping, 0 never stops.
@@ -55,12 +57,14 @@ class TrainingConfig(BaseModel):
     feature: float = Field(1.0, ge=0)
     reconstruction: float = Field(0.01, ge=0)
     beta: float = Field(1.0, gt=0)
+    warm_up: int = Field(0, ge=0)
     identity: float = Field(0.3, ge=0, le=1)
     reverse: float = Field(0.0, ge=0, le=1)
     patience: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     split: Literal["auto", "patient", "blocks"] = "auto"
     val: int | list[str] = 12
+    val_pairs: int = Field(0, ge=0)
     test: int | list[str] = 24
     blocks: int = Field(30, ge=6)
     gap: int = Field(2, ge=0)
@@ -122,7 +126,8 @@ def versions() -> dict[str, str]:
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     cpu = f"CPU, {torch.get_num_threads()} threads"
-    return {name: importlib.metadata.version(name) for name in VERSIONED} | {
+    present = {d.name for d in importlib.metadata.distributions()}
+    return {n: importlib.metadata.version(n) for n in VERSIONED if n in present} | {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,

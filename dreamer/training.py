@@ -132,6 +132,8 @@ class TransitionsModule(pl.LightningDataModule):
         seed: int = 0,
         steps_per_epoch: int = 0,
         reverse: float = 0.0,
+        val_pairs: int = 0,
+        warm_up: int = 0,
     ):
         super().__init__()
         if batch_size > len(split.train):
@@ -139,8 +141,10 @@ class TransitionsModule(pl.LightningDataModule):
                 f"batch_size {batch_size} exceeds the {len(split.train)} training transitions"
             )
         self.data, self.split, self.batch_size = data, split, batch_size
-        self.identity, self.seed, self.reverse = identity, seed, reverse
+        self.identity, self.seed, self.reverse, self.warm_up = identity, seed, reverse, warm_up
         self.steps = steps_per_epoch or len(split.train) // batch_size
+        count = min(val_pairs, len(split.val)) or len(split.val)
+        self.val = split.val[np.linspace(0, len(split.val) - 1, count).astype(int)]
 
     def _loader(self, indices: NDArray, still: NDArray, back: NDArray) -> DataLoader:
         trainer = self.trainer
@@ -159,12 +163,13 @@ class TransitionsModule(pl.LightningDataModule):
         count = self.steps * self.batch_size
         passes = range(-(-count // len(self.split.train)))
         order = np.concatenate([draw.permutation(self.split.train) for _ in passes])[:count]
-        still, back = draw.random(count) < self.identity, draw.random(count) < self.reverse
+        identity = 1.0 if epoch < self.warm_up else self.identity
+        still, back = draw.random(count) < identity, draw.random(count) < self.reverse
         return self._loader(order, still, back)
 
     def val_dataloader(self) -> DataLoader:
-        # Every transition as recorded and as "no motion", which is the single-frame prediction.
-        indices = np.repeat(self.split.val, 2)
+        # Each transition as recorded and as "no motion", which is the single-frame prediction.
+        indices = np.repeat(self.val, 2)
         still = np.arange(len(indices)) % 2 == 1
         return self._loader(indices, still, np.zeros(len(indices), bool))
 
@@ -218,6 +223,11 @@ class LitDreamer(pl.LightningModule):
 
     def terms(self, batch: Batch) -> tuple[Dream, dict[str, Tensor]]:
         """The prediction for a batch and its loss terms."""
+        if self.model.world is not None and self.current_epoch < self.config.warm_up:
+            features = self.model.encode(batch.image1)
+            pooled = self.model.pooling(features, None)
+            dream = Dream(features, features, features, pooled, self.model.guide(pooled))
+            return dream, losses(dream, batch, None, self.model.pose_std, self.config)
         dream = self.model(batch.image1, batch.action)
         world, target, maps = self.model.world, None, dream
         if world is not None and self.config.feature + self.config.reconstruction > 0:
@@ -309,7 +319,7 @@ class Record(pl.Callback):
     Lightning's CSVLogger deletes an existing metrics.csv when a run resumes.
     """
 
-    def __init__(self, folder: Path, on_epoch: Callable[[pd.DataFrame], None] | None):
+    def __init__(self, folder: Path, on_epoch: Callable[[pd.DataFrame], Any] | None):
         self.folder, self.on_epoch = folder, on_epoch
         self.rows: list[dict[str, float]] = []
         self.best, self.spent = float("inf"), 0.0
@@ -340,8 +350,9 @@ class Record(pl.Callback):
         row |= dict(sorted(metrics.items()))
         row |= {"seconds": self.spent, "waiting_share": self.waited / self.trained}
         self.rows.append(row)
-        better = metrics["val_loss"] < self.best
-        self.best = min(self.best, metrics["val_loss"])
+        ready = trainer.current_epoch >= module.config.warm_up  # the world model has been trained
+        better = ready and metrics["val_loss"] < self.best
+        self.best = metrics["val_loss"] if better else self.best
         if not trainer.is_global_zero:
             return
         if better:
@@ -350,8 +361,8 @@ class Record(pl.Callback):
         table = pd.DataFrame(self.rows)
         write_whole(self.folder / "metrics.csv", table.to_csv(index=False).encode())
         log.info("epoch %d: %s", len(table), {k: round(v, 4) for k, v in metrics.items()})
-        if self.on_epoch is not None:
-            self.on_epoch(table)
+        if self.on_epoch is not None and self.on_epoch(table):
+            trainer.should_stop = True
 
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:
@@ -400,7 +411,7 @@ def _launch(
     training: TrainingConfig,
     data: Transitions,
     folder: Path,
-    on_epoch: Callable[[pd.DataFrame], None] | None,
+    on_epoch: Callable[[pd.DataFrame], Any] | None,
 ) -> pd.DataFrame:
     """`fit` in one process per device, by torchrun: the kernel of a notebook cannot be forked."""
     if training.nodes > 1:
@@ -477,7 +488,7 @@ def fit(
     training: TrainingConfig,
     data: Transitions,
     folder: str | Path,
-    on_epoch: Callable[[pd.DataFrame], None] | None = None,
+    on_epoch: Callable[[pd.DataFrame], Any] | None = None,
 ) -> pd.DataFrame:
     """Train one run in `folder`, or resume it where it stopped; returns its metrics by epoch.
 
@@ -485,7 +496,8 @@ def fit(
         model, training: configurations.
         data: the transitions, read at the model's `image_size`.
         folder: the run's folder, see `dreamer.runs`.
-        on_epoch: called with the table so far after every epoch.
+        on_epoch: called with the table so far after every epoch; in a run of one process, a true
+            answer stops it there, and the same call resumes it.
 
     With `devices` over one, processes are started for them, unless torchrun or srun has done so.
     Raises ValueError if the folder belongs to another configuration, OSError with too little disk,
@@ -502,6 +514,8 @@ def fit(
             f"the data's frames have {data.frames.shape[-1]} px, model.image_size is "
             f"{model.image_size}; read them with Transitions(..., image_size={model.image_size})"
         )
+    if training.warm_up and model.pooling == "action":
+        raise ValueError("training.warm_up: pooling action reads a token of the world model; use 0")
     split = make_split(data, training)
     config = {
         "model": model.model_dump(mode="json"),
@@ -541,9 +555,11 @@ def fit(
         training.seed,
         training.steps_per_epoch,
         training.reverse,
+        training.val_pairs,
+        training.warm_up,
     )
-    # With a weight of zero the reconstruction's head has no gradient.
-    idle = net.world is not None and training.reconstruction == 0
+    # With a weight of zero the reconstruction's head has no gradient, in a warm-up the world model.
+    idle = net.world is not None and (training.reconstruction == 0 or training.warm_up > 0)
     many = "ddp_find_unused_parameters_true" if idle else "ddp"
     trainer = _trainer(training, folder, Record(folder, on_epoch), many, on_epoch is None)
     last = folder / "last.ckpt"

@@ -51,9 +51,7 @@ def test_complete_methods_sum_to_the_difference(model, images, target):
     # Shapley values are efficient: they sum to f(x) - f(baseline) for any number of permutations.
     shapley = attribution.attribute(model, maps, target, "Shapley", base, permutations=2)
     assert torch.allclose(shapley.sum((1, 2)), gap, atol=1e-3 * float(gap.abs().max()) + 1e-5)
-    integrated = attribution.attribute(
-        model, maps, target, "integrated gradients", base, steps=128
-    )
+    integrated = attribution.attribute(model, maps, target, "integrated gradients", base, steps=128)
     assert torch.allclose(integrated.sum((1, 2)), gap, atol=0.1 * float(gap.abs().max()))
 
 
