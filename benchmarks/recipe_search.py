@@ -1,8 +1,8 @@
 """The search for the training recipe: the same number of trials for each variant.
 
-    python benchmarks/recipe_search.py DATA OUT [--variant patch] [--trial base ...] [--epochs 4]
+    python benchmarks/recipe_search.py DATA OUT [--variant patch] [--trial base ...] [--epochs 7]
 
-Every trial changes one setting of the `laptop` preset. All are scored on the validation patients
+Every trial changes one setting of the `laptop` preset, at half of its length. All are scored on the validation patients
 alone (single frame; imagined, beside ignoring the motion, for independent pairs). A trial that is
 in OUT/search.csv is not repeated, so several processes can share the work by variant.
 """
@@ -26,7 +26,7 @@ TRANSFORMER = {
     "base": {},
     "learning_rate 0.002": {"learning_rate": 0.002},
     "learning_rate 0.008": {"learning_rate": 0.008},
-    "feature 4": {"feature": 4.0},
+    "feature 3": {"feature": 3.0},
 }
 TRIALS = {
     "patch": TRANSFORMER,
@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--variant", nargs="+", default=list(TRIALS), choices=TRIALS)
     parser.add_argument("--trial", nargs="+")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--warm-up", type=int, default=4)
     given = parser.parse_args()
     preset = yaml.safe_load(PRESET.read_text())
     data = Transitions(given.data, preset["model"]["image_size"])
@@ -76,9 +77,10 @@ def main() -> None:
         table = given.out / f"search-{variant}.csv"
         rows = pd.read_csv(table).to_dict("records") if table.is_file() else []
         for name, change in TRIALS[variant].items():
-            if given.trial and name not in given.trial or name in {row["trial"] for row in rows}:
+            if (given.trial and name not in given.trial) or name in {row["trial"] for row in rows}:
                 continue
-            training = preset["training"] | {"epochs": given.epochs} | change
+            warm = {"warm_up": given.warm_up} if variant != "none" else {}
+            training = preset["training"] | {"epochs": given.epochs} | change | warm
             model, config = configure(variant, preset["model"], training, seed=0)
             run = given.out / f"{variant} {name}".replace(" ", "-")
             start = time.perf_counter()

@@ -13,8 +13,8 @@ from dreamer.study.__main__ import main, numbers
 
 # Not on a GPU machine that has PyTorch, Lightning, timm and the scientific stack alone.
 ABSENT = (
-    "captum gymnasium papermill snakemake nbclient nbformat nbconvert jupyterlab IPython ipywidgets "
-    "pydicom av h5py SimpleITK psutil"
+    "captum gymnasium papermill snakemake nbclient nbformat nbconvert jupyterlab IPython "
+    "ipywidgets pydicom av h5py SimpleITK psutil"
 ).split()
 PLAN = {
     "preset": "smoke",
