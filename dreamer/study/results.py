@@ -194,13 +194,16 @@ def _side(store: Store, measure: str, side: Mapping[str, Any]) -> pd.DataFrame |
 
 def _margin(store: Store, claim: Mapping[str, Any], sides: Sequence[Mapping[str, Any]]) -> Any:
     """The margin of a claim: a number or null as in the plan, or a share of what is learned."""
-    if not isinstance(claim["margin"], Mapping):
-        return claim["margin"]
+    margin = claim["margin"]
+    if not isinstance(margin, Mapping):
+        return margin
+    measure = margin.get("of", claim["measure"])
+    runs = [{name: side[name] for name in IDENTITY if name in side} for side in sides]
     reached, baseline = (
-        np.mean([np.mean(_side(store, claim["measure"], {**s, "condition": c})) for s in sides])
-        for c in ("", BASELINE)
+        np.mean([np.mean(cells(store, measure, condition, **run)) for run in runs])
+        for condition in ("", BASELINE)
     )
-    return claim["margin"]["learned"] * float(baseline - reached)
+    return margin["learned"] * float(baseline - reached)
 
 
 # The plan and its verdicts
@@ -211,9 +214,10 @@ def load_plan(store: str | Path) -> dict[str, Any]:
 
     `seeds`, `preset`, `test` (the new patients) and `claims`: of each the family, the claim in
     words, what was published, measure and unit, the sides `first` and `second` (see `compare` in
-    `dreamer.study.stats`: the difference is second - first), the test, and the margin: a number, or
-    `{learned: share}` of what is learned over the mean-pose baseline, or null. Raises ValueError
-    naming the claim and the field.
+    `dreamer.study.stats`: the difference is second - first), the test, and the margin: a number,
+    `{learned: share, of: measure}` of what is learned over the mean-pose baseline, or null. A side
+    with a `seed` of its own is a control without seeds. Raises ValueError naming the claim and the
+    field.
     """
     file = Path(store) / "plan.yaml"
     content = file.read_bytes()
@@ -247,8 +251,8 @@ def verdicts(
         try:
             margin = _margin(store, claim, sides)
             first, second = (_side(store, claim["measure"], side) for side in sides)
-            first, second = _same_seeds(first, second)
-            over = "seeds" if isinstance(first, pd.Series) else "both"
+            first, second = _matched(first, second, claim)
+            over = "seeds" if isinstance(second, pd.Series) else "both"
             compared.append(stats.compare(first, second, margin, claim["test"], over=over))
         except KeyError:
             compared.append(None)
@@ -268,8 +272,11 @@ def verdicts(
     return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
-def _same_seeds(first: Any, second: Any) -> tuple[Any, Any]:
-    """Both sides for the seeds that both have: a store grows one run at a time."""
+def _matched(first: Any, second: Any, claim: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Both sides for the seeds that both have: a store grows one run at a time. A control, with a
+    seed of its own, keeps one value per patient."""
+    if "seed" in claim["first"]:
+        return first.iloc[0], second
     both = first.index.intersection(second.index)
     if both.empty:
         raise KeyError("no seed on both sides")
