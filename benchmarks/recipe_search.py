@@ -2,9 +2,9 @@
 
     python benchmarks/recipe_search.py DATA OUT [--variant patch] [--trial base ...] [--epochs 7]
 
-Every trial changes one setting of the `laptop` preset, at half of its length. All are scored on the validation patients
+Every trial changes one setting of the `laptop` preset. All are scored on the validation patients
 alone (single frame; imagined, beside ignoring the motion, for independent pairs). A trial that is
-in OUT/search.csv is not repeated, so several processes can share the work by variant.
+in OUT/search-<variant>.csv is not repeated, so several processes can share the work by variant.
 """
 
 import argparse
