@@ -79,7 +79,7 @@ def main() -> None:
         for name, change in TRIALS[variant].items():
             if (given.trial and name not in given.trial) or name in {row["trial"] for row in rows}:
                 continue
-            warm = {"warm_up": given.warm_up} if variant != "none" else {}
+            warm = {"warm_up": given.warm_up}
             training = preset["training"] | {"epochs": given.epochs} | change | warm
             model, config = configure(variant, preset["model"], training, seed=0)
             run = given.out / f"{variant} {name}".replace(" ", "-")

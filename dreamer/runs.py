@@ -78,6 +78,8 @@ class TrainingConfig(BaseModel):
     def _learns(self):
         if self.composed + self.imagined == 0:
             raise ValueError("composed and imagined are both 0: nothing would train the guidance")
+        if self.warm_up >= self.epochs:
+            raise ValueError(f"warm_up must be below epochs ({self.epochs}), or 0")
         return self
 
 

@@ -350,7 +350,8 @@ class Record(pl.Callback):
         row |= dict(sorted(metrics.items()))
         row |= {"seconds": self.spent, "waiting_share": self.waited / self.trained}
         self.rows.append(row)
-        ready = trainer.current_epoch >= module.config.warm_up  # the world model has been trained
+        warm_up = module.config.warm_up if module.model.world is not None else 0
+        ready = trainer.current_epoch >= warm_up  # the world model has been trained
         better = ready and metrics["val_loss"] < self.best
         self.best = metrics["val_loss"] if better else self.best
         if not trainer.is_global_zero:

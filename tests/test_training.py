@@ -322,6 +322,14 @@ def test_a_warm_up_has_no_action_token_to_pool(folder, tmp_path):
         fit(model, training, Transitions(folder), tmp_path / "run")
 
 
+def test_a_warm_up_is_part_of_the_training(folder, tmp_path):
+    with pytest.raises(ValueError, match="warm_up must be below epochs"):
+        configure("patch", MODEL, TRAINING | {"warm_up": 3})
+    # Without a world model there is nothing to wait for.
+    run(folder, tmp_path / "run", token_type="none", epochs=2, warm_up=1)
+    assert load_run(tmp_path / "run").world is None
+
+
 def test_validation_is_thinned_evenly(folder):
     data = Transitions(folder)
     split = split_by_patient(data, 1, 1)
