@@ -49,6 +49,7 @@ from dreamer.runs import load_config, load_run
 from dreamer.study import stats
 
 TOLERANCES = (5, 10)  # mm, and degrees
+FACE, STANDOFF = 9.0, 5.7  # mm: half the probe's face; a gap that the gel no longer fills
 EDGE = torch.tensor([60.0, 60, 60, 179, 89, 179], dtype=torch.float64)  # of the workspace
 CAUDAL = torch.tensor([0.0, 0.6, -0.8], dtype=torch.float64)  # in the heart frame
 WINDOW = 12  # frames of the running average
@@ -245,10 +246,7 @@ class Probes(gymnasium.vector.VectorEnv):
         seen = torch.cat((self.pose[:, :3] + depth * self.sway, self.pose[:, 3:]), 1)
         mm, deg = away(self.pose)
         self.left = (torch.maximum(mm, deg) / TOLERANCES[0]).numpy()
-        contact = torch.stack([
-            self._patients[n].contact(pose) for n, pose in zip(self.number, self.pose, strict=True)
-        ])  # fmt: skip
-        tensors = {"pose": self.pose, "seen": seen, "phase": phase, "contact": contact,
+        tensors = {"pose": self.pose, "seen": seen, "phase": phase, "contact": self._contact(),
                    "translation": mm, "rotation": deg}  # fmt: skip
         infos = {name: value.numpy() for name, value in tensors.items()} | {"patient": self.number}
 
@@ -260,6 +258,15 @@ class Probes(gymnasium.vector.VectorEnv):
                               size=self.size)  # fmt: skip
             frames[rows, 0] = made.image.numpy()
         return frames, infos
+
+    def _contact(self) -> Tensor:
+        """The share [B] of each probe's face that touches the skin."""
+        matrix = poses.to_matrix(self.pose)
+        face = torch.linspace(-FACE, FACE, 19, dtype=torch.float64)
+        x, y, z = (matrix[:, :3, 3:] + matrix[:, :3, :1] * face).unbind(1)  # [B, 19] each
+        bodies = [self._patients[number] for number in self.number]
+        skin = torch.stack([body.skin(x[k], y[k]) for k, body in enumerate(bodies)])
+        return (skin - z < STANDOFF).double().mean(1)
 
 
 class ProbeEnv(gymnasium.Env):
