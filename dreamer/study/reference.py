@@ -21,7 +21,7 @@ from dreamer.data import Split, Transitions
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.phantom import generate
 from dreamer.runs import TrainingConfig, configure, has_bf16, load_config, make_split, versions
-from dreamer.study import accuracy, cost, maps, results
+from dreamer.study import accuracy, cost, imagination, maps, results
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +217,16 @@ def measure_convergence(bench: Bench) -> pd.DataFrame:
     return table.assign(patient="")
 
 
+def measure_imagination(bench: Bench) -> pd.DataFrame:
+    """Imagined maps and poses beside their controls, see `dreamer.study.imagination`."""
+    return imagination.measure(bench.model, bench.train, bench.split, bench.test)
+
+
+def measure_space(bench: Bench) -> pd.DataFrame:
+    """What linear probes read from the tokens, see `dreamer.study.imagination`."""
+    return imagination.space(bench.model, bench.train, bench.split, bench.test)
+
+
 def measure_maps(bench: Bench) -> pd.DataFrame:
     """Attention and attribution maps on the test patients, see `dreamer.study.maps`."""
     everything = np.arange(len(bench.test))
@@ -230,6 +240,8 @@ def measure_maps(bench: Bench) -> pd.DataFrame:
 MEASURED: dict[str, Callable[[Bench], pd.DataFrame]] = {
     "accuracy": measure_accuracy,
     "convergence": measure_convergence,
+    "imagination": measure_imagination,
+    "space": measure_space,
     "maps": measure_maps,
 }
 NEEDS_TOKENS: set[str] = set()  # families that a run without transformer lacks
