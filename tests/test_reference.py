@@ -20,7 +20,7 @@ PLAN = {
     "preset": "smoke",
     "seeds": [1],
     "data": {"patients": 8, "frames": 6, "seed": 0},
-    "test": {"patients": 3, "frames": 4, "seed": 7},
+    "test": {"patients": 3, "frames": 12, "seed": 7},
     "claims": [],
 }
 
