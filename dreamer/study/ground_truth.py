@@ -119,10 +119,8 @@ class Truth(NamedTuple):
 
 def _card(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
     """Arguments and structures of a phantom; None for other data."""
-    if not (folder / "phantom.json").is_file():
-        return None
-    card = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))
-    return card["arguments"], tuple(card["structures"])
+    card = phantom.read_card(folder)
+    return card and (card["arguments"], tuple(card["structures"]))
 
 
 def _render(arguments: dict, scan: str, pose, phase, without: str | None, size: int) -> Tensor:
