@@ -17,7 +17,8 @@ CORE = (
     "attribution plots pipeline page"
 ).split()
 STUDY = (
-    "stats results accuracy cost ground_truth faithfulness closed_loop explore ablation"
+    "stats results accuracy cost ground_truth faithfulness closed_loop environment robustness "
+    "explore ablation"
 ).split()
 ORDER = [*CORE, *(f"study.{name}" for name in STUDY)]
 CONDA = {
