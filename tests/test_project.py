@@ -18,7 +18,7 @@ CORE = (
 ).split()
 STUDY = (
     "stats results accuracy probes imagination cost ground_truth faithfulness maps closed_loop "
-    "explore ablation reference"
+    "environment robustness explore ablation reference"
 ).split()
 ORDER = [*CORE, *(f"study.{name}" for name in STUDY)]
 CONDA = {

@@ -21,6 +21,8 @@ PLAN = {
     "seeds": [1],
     "data": {"patients": 8, "frames": 6, "seed": 0},
     "test": {"patients": 3, "frames": 12, "seed": 7},
+    "searches": 2,
+    "varied": 2,
     "claims": [],
 }
 

@@ -1,6 +1,5 @@
 """Probes: what can be read from a map, from tokens or from a pose, and what the phantom knows."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dreamer import phantom
 from dreamer.attribution import encode
 from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer
@@ -134,9 +134,8 @@ def average_precisions(score: Tensor, wanted: Tensor, patient: NDArray[np.str_])
 
 
 def card(data: Transitions) -> dict:
-    """The phantom's card; empty for other data."""
-    file = data.folder / "phantom.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """The phantom's card; empty for other data. Raises ValueError where other code drew it."""
+    return phantom.read_card(data.folder) or {}
 
 
 def groups(names: NDArray[np.str_]) -> list[tuple[str, NDArray[np.int64]]]:
