@@ -554,6 +554,11 @@ def test_a_folder_drawn_by_other_code_is_refused_or_redrawn(made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "made")
     card = json.loads((folder / "phantom.json").read_text())
     (folder / "phantom.json").write_text(json.dumps(card | {"code": "before"}))
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("patient*/*")}
+    generate(folder, **SMALL, device="cpu")
+    assert read_card(folder) == card, "the frames are still the same"
+    assert before == {p: p.stat().st_mtime_ns for p in folder.glob("patient*/*")}
+    (folder / "phantom.json").write_text(json.dumps(card | {"code": "before"}))
     (folder / "patient_0001" / "truth.npz").write_bytes(b"of other code")
     for call in (lambda: generate(folder, **SMALL), lambda: read_card(folder)):
         with pytest.raises(ValueError, match=rf"{folder} was drawn by other code.*redraw=True"):

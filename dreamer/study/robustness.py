@@ -23,12 +23,8 @@ from dreamer.phantom import trajectories
 from dreamer.phantom.generate import code_digest
 from dreamer.phantom.patient import REST
 from dreamer.study.closed_loop import Person, in_parts
+from dreamer.study.ground_truth import HEART
 
-HEART = tuple(
-    name
-    for name in phantom.STRUCTURES
-    if name not in ("mediastinum", "lung", "liver", "chest_wall", "ribs")
-)
 CURVE = {"time_gain": 1}
 CHANGES = {  # condition -> `vary` and `without` of `phantom.render`, or a fixed `phase`
     "as usual": {},
