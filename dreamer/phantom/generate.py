@@ -35,6 +35,9 @@ from dreamer.phantom.sector import sector
 
 FORMAT = 2
 DRAWS = ("anatomy", "patient", "render", "sector", "trajectories")  # modules that shape the frames
+CODE = hashlib.sha256(  # their digest, as they are imported
+    "".join(Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in DRAWS).encode()
+).hexdigest()[:16]
 SCRAP = (".partial", ".part")  # endings of what an interrupted run leaves
 
 
@@ -141,12 +144,6 @@ def _name(number: int) -> str:
     return f"patient_{number:04d}"
 
 
-def code_digest() -> str:
-    """Digest of the code that shapes the frames."""
-    texts = [Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in DRAWS]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
-
-
 def read_card(folder: str | Path, own: bool = True) -> dict | None:
     """What `phantom.json` records of a folder; None where there is none (recorded scans).
 
@@ -171,7 +168,7 @@ def read_card(folder: str | Path, own: bool = True) -> dict | None:
 
 
 def _is_current(card: dict) -> bool:
-    return (card.get("format"), card.get("code")) == (FORMAT, code_digest())
+    return (card.get("format"), card.get("code")) == (FORMAT, CODE)
 
 
 def _draws_the_same(folder: Path, arguments: dict, device: torch.device) -> bool:
@@ -219,7 +216,7 @@ def _begin(folder: Path, arguments: dict, device: torch.device, redraw: bool) ->
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not card:
-        record = {"format": FORMAT, "code": code_digest(), "arguments": arguments}
+        record = {"format": FORMAT, "code": CODE, "arguments": arguments}
         text = json.dumps(record | {"structures": list(STRUCTURES)}, indent=1) + "\n"
         write_whole(file, text.encode())
     return [n for n in range(arguments["patients"]) if _name(n) not in present]
