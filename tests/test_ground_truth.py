@@ -193,6 +193,14 @@ def test_data_without_truth_are_no_error(phantom, tmp_path):
     assert truth.truth(sample) is None and truth.sweep(sample, "x", [0, 1]) is None
 
 
+def test_frames_that_other_code_drew_are_refused(phantom, tmp_path):
+    run, data, *_ = phantom
+    card = json.loads((data / "phantom.json").read_text())
+    (tmp_path / "phantom.json").write_text(json.dumps(card | {"code": "before"}))
+    with pytest.raises(ValueError, match="drawn by other code"):
+        truth.truth(truth.unseen([run], data, 2)._replace(folder=tmp_path))
+
+
 def test_runs_that_do_not_belong_together_are_refused(phantom, tmp_path):
     run, data, _, parts = phantom
     for name in ("config.json", "split.json"):

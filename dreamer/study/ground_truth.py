@@ -141,10 +141,9 @@ class Truth(NamedTuple):
 def truth(sample: Sample) -> Truth | None:
     """The `Truth` of a sample; None where the data have none (a real scan).
 
-    Raises ValueError where other code drew the frames that are in the folder.
+    Raises ValueError where other code drew the folder.
     """
-    card = phantom.read_card(sample.folder)
-    if card is None:
+    if (card := phantom.read_card(sample.folder)) is None:
         return None
     size = card["arguments"]["size"]
     labels = torch.zeros(len(sample.images), size, size, dtype=torch.uint8)
