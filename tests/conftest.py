@@ -56,6 +56,7 @@ def untrained():
         (folder / "config.json").write_text(json.dumps(record | {"data": {}}))
         split = {"kind": "patient", "train": ["patient_0001"], "val": [], "test": ["patient_0003"]}
         (folder / "split.json").write_text(json.dumps(split))
+        (folder / "versions.json").write_text("{}")
         torch.manual_seed(0)
         save_file(CardiacDreamer(config).state_dict(), folder / "model.safetensors")
         return folder
