@@ -58,7 +58,12 @@ def served(index):
 
 @pytest.mark.parametrize(
     ("width", "height", "scheme", "where"),
-    [(390, 844, "light", "disk"), (390, 844, "dark", "http"), (1440, 900, "dark", "disk")],
+    [
+        (390, 844, "light", "disk"),
+        (390, 844, "dark", "http"),
+        (1440, 900, "dark", "disk"),
+        (1440, 900, "light", "http"),
+    ],
 )
 def test_page_at_phone_and_desktop(browser, index, served, tmp_path, width, height, scheme, where):
     address = index.as_uri() if where == "disk" else served
@@ -68,6 +73,10 @@ def test_page_at_phone_and_desktop(browser, index, served, tmp_path, width, heig
     view.on("request", lambda request: asked.append(request.url))
     view.on("requestfailed", lambda request: failed.append(request.url))
     view.goto(address, wait_until="load")
+    view.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    for image in view.locator("img").all():
+        image.scroll_into_view_if_needed()
+    view.wait_for_function("Array.from(document.images).every(i => i.complete)")
     sizes = view.evaluate(
         "Array.from(document.images).map(i => [i.src, i.complete && i.naturalWidth, i.alt])"
     )
@@ -76,6 +85,12 @@ def test_page_at_phone_and_desktop(browser, index, served, tmp_path, width, heig
     assert all(url.startswith((home, "data:")) for url in asked), asked
     # What is too wide (tables) scrolls in its own box; the page itself does not.
     assert view.evaluate("document.documentElement.scrollWidth") <= width
+    tables = "t => t.closest('.wide') || t.offsetWidth <= document.documentElement.clientWidth"
+    assert view.evaluate(f"Array.from(document.querySelectorAll('table')).every({tables})")
+    # The contents stay in sight, and a figure opens in its full size.
+    assert view.locator("nav").bounding_box()["y"] >= 0
+    for link in view.locator("figure > a").all():
+        assert link.get_attribute("href") == link.locator("img").get_attribute("src")
     ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 300) == (scheme == "dark")
     view.screenshot(path=tmp_path / "page.png", full_page=True)
