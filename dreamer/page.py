@@ -159,8 +159,11 @@ def filled(text: str, figures: str | Path) -> str:
     rows = ["| claim | what we measured | verdict |", "|---|---|---|"]
     rows += [f"| {' | '.join(row.values())} |" for row in claims(verdicts)]
     took = pd.read_csv(Path(figures, "00_commands.csv")).to_dict("records")
+    image, notes = "", Path(figures, "10_answer.json")
+    if notes.is_file():
+        image = f"\n\n![{json.loads(notes.read_text())['alt']}]({notes.with_suffix('.png')})"
     parts = {
-        "answer": f"**{' '.join(answer(verdicts))}** {basis(verdicts)}",
+        "answer": f"**{' '.join(answer(verdicts))}** {basis(verdicts)}{image}",
         "claims": "\n".join(rows),
         "origin": f"{sentence('origin', verdicts)}.",
         "times": "Measured: "
