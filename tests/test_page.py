@@ -94,9 +94,9 @@ def test_the_answer_is_worded_by_the_verdicts(verdicts):
     assert pages.answer(table) == [
         "A forward pass with patch tokens takes 76% less time than with channel tokens, not the "
         "published 95.7%.",
-        "For a single frame, patch tokens are not less accurate (−0.07 mm and +0.24 deg), and "
-        "whether the transformer helps there differs by measure (−0.03 mm, equivalent; +0.08 deg, "
-        "inconclusive).",
+        "For a single frame, patch tokens are not less accurate (−0.07 mm and +0.24 deg, patch "
+        "minus channel), and whether the transformer helps there differs by measure (−0.03 mm, "
+        "equivalent; +0.08 deg, inconclusive).",
         "When a motion is imagined, patch tokens gain 0.53 mm and 0.99 deg more over ignoring the "
         "motion than channel tokens.",
     ]

@@ -31,7 +31,7 @@ def test_marked_parts_are_filled_from_tables(tmp_path, verdicts, readme):
     took = pd.DataFrame({"command": ["make x"], "minutes": [3], "machine": ["a clock"]})
     took.to_csv(tmp_path / "00_commands.csv", index=False)
     parts = dict(MARKED.findall(filled(readme, tmp_path)))
-    assert "patch tokens are less accurate (+0.50 mm and +1.25 deg)" in parts["answer"]
+    assert "patch tokens are less accurate (+0.50 mm and +1.25 deg, patch minus" in parts["answer"]
     row = "| Patch tokens are as accurate on a single frame | error, patch minus channel: 0.5 mm "
     assert row + "(0.25 to 0.75); 1.25 deg (1 to 1.5) | contradicted |" in parts["claims"]
     assert parts["times"] == " Measured: `make x` 3 minutes on a clock. "

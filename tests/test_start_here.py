@@ -1,6 +1,7 @@
 """The first notebook: shows the method on one frame, installs what lacks, redraws quickly."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -96,6 +97,12 @@ def test_nothing_is_installed_where_nothing_lacks(cells, monkeypatch):
     [source] = [cell.source for cell in cells if "LIBRARIES" in cell.source]
     monkeypatch.setattr(subprocess, "run", lambda *_: pytest.fail("ran a command"))
     exec(source, {"repository": ""})
+
+
+def test_binder_installs_the_project(root):
+    script = root / "postBuild"
+    assert os.access(script, os.X_OK) and "pip install --no-deps -e ." in script.read_text()
+    assert (root / "environment.yml").is_file()
 
 
 def test_committed_weights_are_small_and_guide(root):
