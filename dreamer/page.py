@@ -49,6 +49,7 @@ class Section(NamedTuple):
 
 WORDS = yaml.safe_load(Path(__file__).with_name("page.yaml").read_text(encoding="utf-8"))
 SECTIONS = {key: Section(**fields) for key, fields in WORDS["sections"].items()}
+FAMILIES = {family: key for key, section in SECTIONS.items() for family in section.families}
 CONTENT = ("first", "films", "verdicts", "tables", "books")  # a section without any is left out
 
 
@@ -263,7 +264,7 @@ def _section(
     """What the template shows of a section."""
     section = SECTIONS[key]
     first = [f for name in section.key for f in figures if f["name"] == name] or figures[:1]
-    own = verdicts[verdicts["family"].isin(section.families)]
+    own = verdicts[verdicts["family"].map(FAMILIES).fillna("details").eq(key)]
     counts = own["verdict"].value_counts()
     return {
         "title": section.title,

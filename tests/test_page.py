@@ -48,6 +48,14 @@ def test_key_figures_come_first_and_the_others_are_folded():
     assert alone["first"] == figures[:1] and not alone["more"]
 
 
+def test_a_new_family_of_verdicts_is_shown_among_the_details(verdicts):
+    table = verdicts(("origin", "a", 1, "mm", "confirmed"), ("new", "b", 2, "mm", "untested"))
+    table = table.assign(file="04_verdicts.csv")
+    shown = {key: pages._section(key, table, [], [], [], [])["verdicts"] for key in SECTIONS}
+    claims = {key: [row["claim"] for row in rows] for key, rows in shown.items() if rows}
+    assert claims == {"origin": ["a"], "details": ["b"]}
+
+
 def test_page_is_one_file_without_scripts_or_outside_requests(page):
     for file in (page, page.parent / "notebooks" / "04_compare.html"):
         text = file.read_text()
@@ -127,8 +135,7 @@ def test_the_words_ask_for_claims_of_the_plan(root):
     asked = {c for s in WORDS["statements"].values() for c in s["claims"]}
     asked |= {c for entry in WORDS["claims"] for c in entry["rows"]}
     assert asked - known == set(WORDS["statements"]["cost"]["claims"]), "of notebook 03"
-    families = {f for section in SECTIONS.values() for f in section.families}
-    assert {claim["family"] for claim in plan["claims"]} <= families
+    assert {claim["family"] for claim in plan["claims"]} <= set(pages.FAMILIES)
 
 
 def test_notebook_loses_widgets_and_progress_bars(page):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import pandas as pd
 import pytest
@@ -52,6 +53,14 @@ def test_no_other_number_is_claimed(readme):
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", MARKED.sub("", readme), flags=re.S)
     assert set(re.findall(r"\d+\.\d+", prose)) <= {"3.11", "3.13"}, "versions of Python"
     assert not re.findall(r"\d+ ?%", prose)
+
+
+def test_the_drawing_is_drawn_and_small(root, untrained, tmp_path):
+    config = ModelConfig(backbone="compact", image_size=112, d_model=16, num_heads=2, num_layers=1)
+    draw = runpy.run_path(str(root / "benchmarks" / "tokens_drawing.py"))
+    draw["main"](untrained(tmp_path / "run", config), tmp_path)
+    for folder in (tmp_path, root / "figures"):
+        assert 50_000 < (folder / "00_tokens.png").stat().st_size < 300_000
 
 
 def test_claims_have_five_rows_and_the_readme_is_short(readme):
