@@ -114,51 +114,6 @@ def by_seed(
     return tables
 
 
-def imagination(
-    model: CardiacDreamer,
-    data: Transitions,
-    indices: NDArray[np.int64],
-    split: Split,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Errors of the predicted frame 2, given frame 1 and a motion, one row per transition.
-
-    Conditions: `imagined` (by the world model), `wrong action` (the motion of another transition),
-    `ignore the motion` (frame 1's prediction stands for frame 2) and `exact geometry` (frame 1's
-    prediction composed with the true motion). Columns: patient, motion, condition, translation
-    (mm), rotation (deg) and `feature`, the squared error of the feature map over the variance of
-    frame 2's maps; under `ignore the motion` it is that of a copy of frame 1's map.
-    """
-    tables = []
-    device = model.pose_mean.device
-    patient = pd.Series(_patients(data, indices, indices, split), indices)
-    shuffled = np.random.default_rng(seed).permutation(indices)
-    for chosen, others in zip(_chunks(indices), _chunks(shuffled), strict=True):
-        batch = data.batch(chosen)
-        with torch.no_grad():
-            here, there = (model.encode(x.to(device)) for x in (batch.image1, batch.image2))
-            dreams = {
-                "imagined": model.imagine(here, batch.action.to(device)),
-                "wrong action": model.imagine(here, data.action[others].to(device)),
-                "ignore the motion": model.imagine(here, torch.zeros_like(batch.action).to(device)),
-            }
-        predicted = {name: dream.pose.cpu() for name, dream in dreams.items()}
-        predicted["exact geometry"] = poses.compose(predicted["ignore the motion"], batch.action)
-        maps = {name: dream.next_features for name, dream in dreams.items()}
-        maps["ignore the motion"] = here
-        variance = there.var(dim=(0, 2, 3)).mean()
-        for name, pose in predicted.items():
-            error = poses.errors(pose, batch.pose2)
-            table = pd.DataFrame({"patient": patient[chosen].to_numpy()})
-            table["motion"], table["condition"] = data.motion[chosen], name
-            table["translation"], table["rotation"] = error.translation, error.rotation
-            if name in maps:
-                square = (maps[name] - there).square().mean((1, 2, 3)) / variance
-                table["feature"] = square.cpu().numpy()
-            tables.append(table)
-    return pd.concat(tables, ignore_index=True)
-
-
 def predict_action_only(
     data: Transitions, split: Split, motion: str | None = None, steps: int = 400
 ) -> pd.DataFrame:
@@ -195,14 +150,7 @@ def predict_mean_start(data: Transitions, split: Split, motion: str | None = Non
     return _starts(data, test, mean_pose(data.pose1[train]))
 
 
-def _frames(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
-    rows, pose, origin = data.singles(indices)
-    table = pd.DataFrame({"patient": _patients(data, origin, indices, split), "row": rows})
-    table[TRUE] = pose.numpy()
-    return table
-
-
-def _patients(
+def patients(
     data: Transitions, chosen: NDArray[np.int64], indices: NDArray[np.int64], split: Split
 ) -> NDArray[np.str_]:
     """Patients of the `chosen` of the transitions `indices`, or the blocks of time of one patient.
@@ -215,6 +163,13 @@ def _patients(
     starts = indices[np.diff(indices, prepend=indices[0] - 2) > 1]
     block = np.searchsorted(starts, chosen, side="right")
     return np.array([f"{p} block {b}" for p, b in zip(patient, block, strict=True)])
+
+
+def _frames(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
+    rows, pose, origin = data.singles(indices)
+    table = pd.DataFrame({"patient": patients(data, origin, indices, split), "row": rows})
+    table[TRUE] = pose.numpy()
+    return table
 
 
 def _starts(data: Transitions, test: NDArray[np.int64], predicted: Tensor) -> pd.DataFrame:
