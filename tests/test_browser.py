@@ -220,6 +220,7 @@ def press_right(view, slider, image) -> None:
     """Move a slider by the keyboard alone until its number and an image have changed."""
     before = image.get_attribute("src")
     readout = slider.locator(".widget-readout")
+    readout.filter(has_text=re.compile(r"\d")).wait_for()  # Lab draws what came into sight
     shown = float(readout.inner_text().replace("−", "-"))
     slider.locator(".noUi-handle").focus()
     for _ in range(4):
