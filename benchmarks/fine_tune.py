@@ -31,7 +31,7 @@ def main() -> None:
     data, rows = Transitions(given.scans, model.image_size), []
     for seed in given.seeds:
         for start, init in (("from scratch", ""), ("from virtual patients", given.run)):
-            change = {"epochs": given.epochs, "warm_up": 0, "split": "auto", "seed": seed}
+            change = {"epochs": given.epochs, "split": "auto", "seed": seed}
             config = training.model_copy(update=change | {"init": init, "test": 1, "val": 1})
             run = given.out / f"{start}-seed{seed}".replace(" ", "-")
             fit(model, config, data, run)

@@ -29,15 +29,13 @@ VERSIONED = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy", "ro
 class TrainingConfig(BaseModel):
     """How a run is trained and split. Unknown fields and values out of range are refused.
 
-    `composed`, `imagined`, `feature`, `reconstruction`: loss weights. `warm_up`: first epochs, in
-    which backbone and head learn from single frames, without the world model. `identity`: share of
-    training pairs that become "no motion"; `reverse`: share that is time-reversed. `batch_size`: of
-    all processes together; an optimiser step takes `accumulate` of them. `steps_per_epoch`:
-    batches, 0 is one pass over the data. `optimizer`: AdamW as published, or Muon. The learning
-    rate follows one cycle. `val_pairs`: transitions validated after each epoch, evenly among those
-    of the validation part; 0 is all. `patience`: epochs without a better validation loss before
-    stopping, 0 never stops. `init`: folder of a run whose weights the training starts from, all
-    that fit (fine-tuning).
+    `composed`, `imagined`, `feature`, `reconstruction`: loss weights. `identity`: share of training
+    pairs that become "no motion"; `reverse`: share that is time-reversed. `batch_size`: of all
+    processes together; an optimiser step takes `accumulate` of them. `steps_per_epoch`: batches, 0
+    is one pass over the data. `optimizer`: AdamW as published, or Muon. The learning rate follows
+    one cycle. `val_pairs`: transitions validated after each epoch, evenly among those of the
+    validation part; 0 is all. `patience`: epochs without a better validation loss before stopping,
+    0 never stops. `init`: folder of a run whose weights the training starts from, all that fit.
     `split`: patient, blocks (of time, in one scan) or auto (patient where there are three). `val`,
     `test`: patients, a number or names. `precision`: auto is bf16 where the machine has it.
     `devices`: on each of `nodes`.
@@ -58,7 +56,6 @@ class TrainingConfig(BaseModel):
     feature: float = Field(1.0, ge=0)
     reconstruction: float = Field(0.01, ge=0)
     beta: float = Field(1.0, gt=0)
-    warm_up: int = Field(0, ge=0)
     identity: float = Field(0.3, ge=0, le=1)
     reverse: float = Field(0.0, ge=0, le=1)
     patience: int = Field(0, ge=0)

@@ -133,7 +133,6 @@ class TransitionsModule(pl.LightningDataModule):
         steps_per_epoch: int = 0,
         reverse: float = 0.0,
         val_pairs: int = 0,
-        warm_up: int = 0,
     ):
         super().__init__()
         if batch_size > len(split.train):
@@ -141,7 +140,7 @@ class TransitionsModule(pl.LightningDataModule):
                 f"batch_size {batch_size} exceeds the {len(split.train)} training transitions"
             )
         self.data, self.split, self.batch_size = data, split, batch_size
-        self.identity, self.seed, self.reverse, self.warm_up = identity, seed, reverse, warm_up
+        self.identity, self.seed, self.reverse = identity, seed, reverse
         self.steps = steps_per_epoch or len(split.train) // batch_size
         count = min(val_pairs, len(split.val)) or len(split.val)
         self.val = split.val[np.linspace(0, len(split.val) - 1, count).astype(int)]
@@ -163,8 +162,7 @@ class TransitionsModule(pl.LightningDataModule):
         count = self.steps * self.batch_size
         passes = range(-(-count // len(self.split.train)))
         order = np.concatenate([draw.permutation(self.split.train) for _ in passes])[:count]
-        identity = 1.0 if epoch < self.warm_up else self.identity
-        still, back = draw.random(count) < identity, draw.random(count) < self.reverse
+        still, back = draw.random(count) < self.identity, draw.random(count) < self.reverse
         return self._loader(order, still, back)
 
     def val_dataloader(self) -> DataLoader:
@@ -223,11 +221,6 @@ class LitDreamer(pl.LightningModule):
 
     def terms(self, batch: Batch) -> tuple[Dream, dict[str, Tensor]]:
         """The prediction for a batch and its loss terms."""
-        if self.model.world is not None and self.current_epoch < self.config.warm_up:
-            features = self.model.encode(batch.image1)
-            pooled = self.model.pooling(features, None)
-            dream = Dream(features, features, features, pooled, self.model.guide(pooled))
-            return dream, losses(dream, batch, None, self.model.pose_std, self.config)
         dream = self.model(batch.image1, batch.action)
         world, target, maps = self.model.world, None, dream
         if world is not None and self.config.feature + self.config.reconstruction > 0:
@@ -350,9 +343,8 @@ class Record(pl.Callback):
         row |= dict(sorted(metrics.items()))
         row |= {"seconds": self.spent, "waiting_share": self.waited / self.trained}
         self.rows.append(row)
-        ready = trainer.current_epoch >= module.config.warm_up  # the world model has been trained
-        better = ready and metrics["val_loss"] < self.best
-        self.best = metrics["val_loss"] if better else self.best
+        better = metrics["val_loss"] < self.best
+        self.best = min(self.best, metrics["val_loss"])
         if not trainer.is_global_zero:
             return
         if better:
@@ -514,8 +506,6 @@ def fit(
             f"the data's frames have {data.frames.shape[-1]} px, model.image_size is "
             f"{model.image_size}; read them with Transitions(..., image_size={model.image_size})"
         )
-    if training.warm_up and model.pooling == "action":
-        raise ValueError("training.warm_up: pooling action reads a token of the world model; use 0")
     split = make_split(data, training)
     config = {
         "model": model.model_dump(mode="json"),
@@ -556,10 +546,9 @@ def fit(
         training.steps_per_epoch,
         training.reverse,
         training.val_pairs,
-        training.warm_up,
     )
-    # With a weight of zero the reconstruction's head has no gradient, in a warm-up the world model.
-    idle = net.world is not None and (training.reconstruction == 0 or training.warm_up > 0)
+    # With a weight of zero the reconstruction's head has no gradient.
+    idle = net.world is not None and training.reconstruction == 0
     many = "ddp_find_unused_parameters_true" if idle else "ddp"
     trainer = _trainer(training, folder, Record(folder, on_epoch), many, on_epoch is None)
     last = folder / "last.ckpt"

@@ -296,32 +296,6 @@ def test_patience_stops_early(folder, tmp_path):
     assert table["val_loss"].idxmin() == len(table) - 3
 
 
-def test_a_warm_up_trains_backbone_and_head_from_single_frames(folder, tmp_path):
-    def keep(name, epochs):
-        configs = configure("patch", MODEL, TRAINING | {"epochs": epochs, "warm_up": 2})
-        fit(*configs, Transitions(folder), tmp_path / name, lambda table: len(table) == 2)
-        state = torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"]
-        return {name.removeprefix("model."): value for name, value in state.items()}
-
-    pl.seed_everything(0)
-    before = CardiacDreamer(configure("patch", MODEL, {})[0]).state_dict()
-    after = keep("run", 3)
-    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert not any(name.startswith("world.") for name in moved)
-    assert {"backbone.stages.0.0.weight", "head.0.weight"} <= moved
-    # The world model has not been trained, so there are no best weights yet.
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-    table = run(folder, tmp_path / "run", epochs=3, warm_up=2)
-    assert len(table) == 3 and table["train_feature"].isna().tolist() == [True, True, False]
-    assert load_run(tmp_path / "run").world is not None
-
-
-def test_a_warm_up_has_no_action_token_to_pool(folder, tmp_path):
-    model, training = configure("patch", MODEL | {"pooling": "action"}, TRAINING | {"warm_up": 1})
-    with pytest.raises(ValueError, match="pooling action reads a token"):
-        fit(model, training, Transitions(folder), tmp_path / "run")
-
-
 def test_validation_is_thinned_evenly(folder):
     data = Transitions(folder)
     split = split_by_patient(data, 1, 1)

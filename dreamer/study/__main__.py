@@ -1,8 +1,7 @@
 """The reference study on the command line, for machines with or without notebooks and network.
 
-    python -m dreamer.study train --preset reference --variant patch channel none \\
-        --seeds 100-109 --minutes 60
-    python -m dreamer.study missing --preset reference
+    python -m dreamer.study train --variant patch channel none --seeds 100-109 --minutes 60
+    python -m dreamer.study missing
 
 `train` trains, measures and adds small tables to the results store. It stops cleanly after
 --minutes; the same command goes on where it stopped, also after a kill. Several processes or
@@ -37,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("command", choices=["train", "missing"])
-    parser.add_argument("--preset", default="reference")
+    parser.add_argument("--preset", help="the plan's by default")
     parser.add_argument(
         "--variant", nargs="+", default=list(reference.ORDER), help="patch, channel, none, both"
     )
@@ -80,9 +79,10 @@ def main(given: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     until = time.monotonic() + 60 * options.minutes
     plan = results.load_plan(options.store)
+    preset = options.preset or plan["preset"]
     others = {"reads": options.reads, "plane": options.plane, "change": options.change}
     wanted = [
-        reference.identity(options.preset, variant, seed, **others)
+        reference.identity(preset, variant, seed, **others)
         for seed in options.seeds or plan["seeds"]
         for variant in options.variant
     ]
