@@ -159,19 +159,14 @@ def _run(name, wanted, plan, store, work, data, configs, lacking, until) -> str:
 # Measures: families of the store
 
 
-def measure_accuracy(bench: Bench) -> pd.DataFrame:
-    """Single-frame errors, see `accuracy.measure`."""
-    return accuracy.measure(bench.model, bench.train, bench.split, bench.test)
-
-
-def measure_convergence(bench: Bench) -> pd.DataFrame:
-    """Validation errors on the way, by images and by FLOP; they belong to the whole run.
+def measure_convergence(run: str | Path) -> pd.DataFrame:
+    """Validation errors of a run's folder on the way, by images and by FLOP, of the whole run.
 
     Conditions: "mean" over the epochs (the area under the curve), shares of the run's images, and
     shares of the FLOP that patch tokens take for as many images.
     """
-    curve = pd.read_csv(bench.run / "metrics.csv")
-    config = load_config(bench.run)[0]
+    curve = pd.read_csv(Path(run) / "metrics.csv")
+    config = load_config(run)[0]
     reference = config.model_copy(update={"token_type": "patch", "reads": "tokens"})
     flop = sum(cost.flops(config).values()) / sum(cost.flops(reference).values())
     rows = []
@@ -187,7 +182,7 @@ def measure_convergence(bench: Bench) -> pd.DataFrame:
 
 
 MEASURED: dict[str, Callable[[Bench], pd.DataFrame]] = {
-    "accuracy": measure_accuracy,
-    "convergence": measure_convergence,
+    "accuracy": lambda b: accuracy.measure(b.model, b.train, b.split, b.test),
+    "convergence": lambda b: measure_convergence(b.run),
 }
 NEEDS_TOKENS: set[str] = set()  # families that a run without transformer lacks

@@ -117,23 +117,45 @@ def read(store: str | Path) -> Store:
             curves.append(pd.read_csv(table).assign(run=name))
     runs = pd.DataFrame.from_dict(records, orient="index")
     runs.index.name = "run"
-    empty = pd.DataFrame(columns=[*MEASURES, "run"])
-    return Store(runs, pd.concat(measures) if measures else empty, pd.concat(curves or [empty]))
+    _, no_measures, no_curves = _empty()
+    return Store(runs, pd.concat(measures or [no_measures]), pd.concat(curves or [no_curves]))
 
 
 def reference(store: str | Path) -> tuple[Store, dict[str, Any]]:
     """The runs of the plan's preset and seeds, and the plan; without rows and claims where there
     are none."""
     here, plan = Path(store), {"preset": "", "seeds": [], "claims": []}
-    found = Store(*(pd.DataFrame(columns=names) for names in (RECORD, [*MEASURES, "run"], ["run"])))
     if (here / "plan.yaml").is_file():
         plan = load_plan(here)
-    if any(here.glob("*/run.json")):
-        found = read(here)
+    found = read(here) if any(here.glob("*/run.json")) else _empty()
     runs = found.runs
     runs = runs[(runs["preset"] == plan["preset"]) & runs["seed"].isin(plan["seeds"])]
     rows = (table[table["run"].isin(runs.index)] for table in found[1:])
     return Store(runs, *rows), plan
+
+
+def own(measured: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> Store:
+    """Runs measured here, each its identity and measures, as a store without curves.
+
+    Folds of one variant and seed are one run. Raises ValueError where two were tested on the same
+    patient.
+    """
+    if not measured:
+        return _empty()
+    keys = ["run", *MEASURES[1:4]]
+    names = [run_name(identity) for identity, _ in measured]
+    rows = pd.concat([t.assign(run=n) for n, (_, t) in zip(names, measured, strict=True)])
+    twice = rows[rows["patient"].ne("") & rows.duplicated(keys)]
+    if len(twice):
+        run, _, _, patient = twice.iloc[0][keys]
+        raise ValueError(f"two runs of {run} were tested on patient {patient}")
+    runs = pd.DataFrame([identity for identity, _ in measured], names, list(RECORD))
+    rows = rows.groupby(keys, sort=False)["value"].mean().reset_index()
+    return Store(runs[~runs.index.duplicated()], rows, _empty().curves)
+
+
+def _empty() -> Store:
+    return Store(*(pd.DataFrame(columns=names) for names in (RECORD, [*MEASURES, "run"], ["run"])))
 
 
 def families(store: str | Path, name: str) -> set[str]:
