@@ -125,8 +125,8 @@ def forest(
 
     def rows(given: pd.DataFrame, kind: str | None, down: float = 0.0):
         part = given[given[hue] == kind] if hue else given
-        shift = 0.22 * (kinds.index(kind) - (len(kinds) - 1) / 2) + down
-        return part, [names.index(name) + shift for name in part[y]]
+        shift = 0.0 if y == hue else 0.22 * (kinds.index(kind) - (len(kinds) - 1) / 2)
+        return part, [names.index(name) + shift + down for name in part[y]]
 
     for kind in kinds:
         colour, label = COLOURS.get(kind, COLOURS["control"]), LABELS.get(kind, kind)
@@ -140,7 +140,7 @@ def forest(
         if own is not None:
             part, at = rows(own, kind, 0.08)
             ax.scatter(part[value], at, s=30, marker="D", fc="white", ec=colour, zorder=3)
-    ax.set_yticks(range(len(names)), [AXIS_LABELS.get(name, name) for name in names])
+    ax.set_yticks(range(len(names)), [(AXIS_LABELS | LABELS).get(name, name) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     if zero is not None:
         ax.axvline(zero, color="#444444", lw=0.8)

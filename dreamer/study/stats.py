@@ -106,11 +106,11 @@ class Comparison:
 
     def words(self, unit: str) -> str:
         """The difference for a figure's title: "0.31 mm less (95% ...)", "no difference shown"."""
-        limits = f"95% {self.low:+.2g} to {self.high:+.2g} {unit}"
+        limits = f"95% {self.low:+.2g} to {self.high:+.2g} {unit}".rstrip()
         if self.low <= 0 <= self.high:
             return f"no difference shown ({limits})"
         sign = "less" if self.estimate < 0 else "more"
-        return f"{abs(self.estimate):.2g} {unit} {sign} ({limits})"
+        return " ".join([f"{abs(self.estimate):.2g}", *unit.split(), sign, f"({limits})"])
 
 
 def matrix(
