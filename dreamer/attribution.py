@@ -2,13 +2,14 @@
 
 Common ground of both variants is the feature map [B, C, h, w] as the input of a head model: there
 an attribution summed over channels is a grid [h, w], and summed over space a score per channel. The
-methods are Captum's: integrated gradients (Sundararajan et al., ICML 2017), gradient x activation,
-Grad-CAM (Selvaraju et al., ICCV 2017; signed here, since a pose is no class), Shapley sampling
-(Strumbelj & Kononenko 2010), ablation and occlusion. Rollout: Abnar & Zuidema, ACL 2020.
+methods are Captum's: integrated gradients (Sundararajan et al., ICML 2017), GradientShap (expected
+gradients: Erion et al., Nat Mach Intell 2021), Grad-CAM (Selvaraju et al., ICCV 2017; signed here,
+since a pose is no class), Shapley sampling (Strumbelj & Kononenko 2010), ablation and occlusion.
+Rollout: Abnar & Zuidema, ACL 2020.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,12 +26,12 @@ log = logging.getLogger(__name__)
 TARGETS = (*poses.AXES, "translation", "rotation")
 UNIT = dict(zip(TARGETS, (*poses.UNITS, "mm", "deg"), strict=True))
 METHODS = (
-    "integrated gradients", "gradient x activation", "Grad-CAM", "Shapley", "ablation", "occlusion",
+    "integrated gradients", "GradientShap", "Grad-CAM", "Shapley", "ablation", "occlusion",
 )  # fmt: skip
 ATTENTION = ("rollout", "action attention")
 BASELINES = ("zero", "mean", "blurred")
 TOLERANCE = 0.05  # of f(x) - f(baseline) that integrated gradients may miss without a warning
-MEMORY = 2**30  # bytes of activations that one pass may keep
+MEMORY = 2**28  # bytes of activations that one pass may keep
 
 
 def choose(name: str, kind: str, choices: tuple[str, ...]) -> str:
@@ -58,19 +59,21 @@ def pose_target(pose: Tensor, target: str) -> Tensor:
 
 
 class Head(nn.Module):
-    """The model after its backbone: maps [B, C, h, w] (and actions [B, 6]) -> one number [B].
+    """The model after its backbone: maps [B, C, h, w] (and actions [B, 6]) -> [B, targets].
 
-    Without actions the motion is zero, so that the number describes the frame itself.
+    Without actions the motion is zero, so that the numbers describe the frame itself.
     """
 
-    def __init__(self, model: CardiacDreamer, target: str):
+    def __init__(self, model: CardiacDreamer, targets: Sequence[str]):
         super().__init__()
-        self.model, self.target = model, choose(target, "target", TARGETS)
+        self.model = model
+        self.targets = [choose(target, "target", TARGETS) for target in targets]
         self.features = nn.Identity()  # the layer that Grad-CAM reads
 
     def forward(self, features: Tensor, action: Tensor | None = None) -> Tensor:
         action = features.new_zeros(len(features), 6) if action is None else action
-        return pose_target(self.model.imagine(self.features(features), action).pose, self.target)
+        pose = self.model.imagine(self.features(features), action).pose
+        return torch.stack([pose_target(pose, target) for target in self.targets], dim=-1)
 
 
 class CellGame(nn.Module):
@@ -122,92 +125,112 @@ def baseline_map(
     return encode(model, torch.from_numpy(soft))
 
 
-def warn_if_not_converged(head: Head, features: Tensor, baseline: Tensor, delta: Tensor) -> Tensor:
-    """The share [N] of f(x) - f(baseline) that attributions miss; logs how many miss over 5%.
-
-    `delta` [N] is Captum's convergence delta.
-    """
-    with torch.no_grad():
-        change = head(features) - head(baseline.expand_as(features))
-    missed = delta.detach().abs() / change.abs().clamp_min(1e-6)
-    if count := int((missed > TOLERANCE).sum()):
-        log.warning(
-            "%d of %d maps (%s) miss more than %.0f%% of f(x) - f(baseline); take more steps",
-            count, len(missed), head.target, 100 * TOLERANCE,
-        )  # fmt: skip
-    return missed
-
-
 def attribute(
     model: CardiacDreamer,
     features: Tensor,
-    target: str,
+    targets: Sequence[str],
     method: str,
     baseline: Tensor,
     images: Tensor | None = None,
     steps: int = 16,
-    permutations: int = 8,
+    permutations: int = 2,
     seed: int = 0,
 ) -> Tensor:
-    """Signed grids [N, h, w], in the unit of the target, by one of METHODS.
+    """Signed grids [targets, N, h, w], in the unit of each target, by one of METHODS.
 
     Args:
         features: maps [N, C, h, w].
-        baseline: maps [1 or N, C, h, w] that represent "nothing seen".
+        targets: of TARGETS; methods that hide cells answer for all in the same passes.
+        baseline: maps that represent "nothing seen", [1 or N, C, h, w]; for GradientShap a sample
+            of maps [M, C, h, w], whose mean prediction is the reference.
         images: frames [N, 1, S, S], which occlusion covers with grey boxes of a cell's size.
-        steps: of integrated gradients; permutations: of Shapley sampling, drawn with `seed`.
+        steps: of integrated gradients, samples of GradientShap; permutations: of Shapley sampling.
+        seed: draws samples and permutations.
 
     For tables over many frames; notebook 06 calls Captum itself. Raises ValueError for unknown
-    names.
+    names. Logs how many maps of integrated gradients miss over 5% of f(x) - f(baseline).
     """
-    from captum import attr
-
     choose(method, "method", METHODS)
     if method == "occlusion" and images is None:
         raise ValueError("occlusion covers parts of the frames: give `images`")
-    head, grids, missed = Head(model, target), [], []
-    rows = frames_at_once(model)
-    size = max(1, rows // steps) if method == "integrated gradients" else min(rows, 64)
-    base = baseline.expand_as(features)
+    head, grids = Head(model, targets), []
+    sampled = method in ("integrated gradients", "GradientShap")
+    size = max(1, frames_at_once(model) // (steps if sampled else 1))
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, Captum draws from both
     for start in range(0, len(features), size):
-        x, b = features[start : start + size], base[start : start + size]
-        if method == "integrated gradients":
-            maps, delta = attr.IntegratedGradients(head).attribute(
-                x, b, n_steps=steps, return_convergence_delta=True
-            )
-            missed.append((x, b, delta))
-        elif method == "gradient x activation":
-            maps = attr.InputXGradient(head).attribute(x.clone().requires_grad_())
-        elif method == "Grad-CAM":
-            maps = attr.LayerGradCam(head, head.features).attribute(
-                x.clone().requires_grad_(), attr_dim_summation=False
-            )
+        x = features[start : start + size]
+        if method in ("Shapley", "ablation"):
+            base = baseline.expand_as(features)[start : start + size]
+            grids.append(_hide_cells(head, x, base, method, permutations))
         elif method == "occlusion":
-            maps = _occlusion(head, x, images[start : start + size])
+            grids.append(_occlusion(head, x, images[start : start + size]))
         else:
-            cells = torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
-            game = CellGame(head)
-            given = {"perturbations_per_eval": max(1, rows // len(x))}
-            if method == "Shapley":
-                torch.manual_seed(seed)
-                game, given["n_samples"] = attr.ShapleyValueSampling(game), permutations
-            else:
-                game = attr.FeatureAblation(game)
-            ones = torch.ones_like(x[:, :1])
-            with torch.no_grad():
-                maps = game.attribute(
-                    ones, 0, additional_forward_args=(x, b), feature_mask=cells, **given
-                )
-        grids.append(maps.detach().sum(1))
-    if missed:
-        x, b, delta = (torch.cat(part) for part in zip(*missed, strict=True))
-        warn_if_not_converged(head, x, b, delta)
-    return torch.cat(grids)
+            shared = method == "GradientShap" or len(baseline) == 1
+            base = baseline if shared else baseline[start : start + size]
+            each = [_gradients(head, x, base, method, k, steps) for k in range(len(targets))]
+            grids.append(torch.stack(each))
+    grid = torch.cat(grids, 1)
+    if method == "integrated gradients":
+        missed = incompleteness(head, features, head(baseline).detach(), grid)
+        for target, share in zip(targets, missed, strict=True):
+            if count := int((share > TOLERANCE).sum()):
+                log.warning(
+                    "%d of %d maps (%s) miss more than %.0f%% of f(x) - f(baseline); take more "
+                    "steps", count, len(share), target, 100 * TOLERANCE,
+                )  # fmt: skip
+    return grid
+
+
+@torch.no_grad()
+def incompleteness(head: Head, features: Tensor, reference: Tensor, grid: Tensor) -> Tensor:
+    """|sum of a map - (f(x) - reference)|, Captum's convergence delta, over the mean distance
+    |f(x) - reference| of all frames: [targets, N] for grids [targets, N, h, w]. `reference`
+    [1 or N, targets]: the predictions for the baseline."""
+    size = frames_at_once(head.model)
+    change = torch.cat([head(part) for part in features.split(size)]) - reference
+    missed = grid.sum((-2, -1)).to(change) - change.T
+    return missed.abs() / change.abs().mean(0)[:, None].clamp_min(1e-9)
+
+
+def _gradients(
+    head: Head, x: Tensor, baseline: Tensor, method: str, target: int, steps: int
+) -> Tensor:
+    """[B, h, w] by a method that takes gradients of the head's output number `target`."""
+    from captum import attr
+
+    if method == "integrated gradients":
+        maps = attr.IntegratedGradients(head).attribute(x, baseline, target, n_steps=steps)
+    elif method == "GradientShap":
+        maps = attr.GradientShap(head).attribute(x, baseline, n_samples=steps, target=target)
+    else:
+        maps = attr.LayerGradCam(head, head.features).attribute(
+            x.clone().requires_grad_(), target, attr_dim_summation=False
+        )
+    return maps.detach().sum(1)
+
+
+@torch.no_grad()
+def _hide_cells(head: Head, x: Tensor, baseline: Tensor, method: str, permutations: int) -> Tensor:
+    """[targets, B, h, w] by a method that puts the baseline in the place of cells."""
+    from captum import attr
+
+    game, ones = CellGame(head), torch.ones_like(x[:, :1])
+    given = {
+        "additional_forward_args": (x, baseline),
+        "feature_mask": torch.arange(ones[0].numel(), device=x.device).view(1, *ones.shape[1:]),
+        "perturbations_per_eval": max(1, frames_at_once(head.model) // len(x)),
+    }
+    if method == "Shapley":
+        maps = attr.ShapleyValueSampling(game).attribute(ones, 0, n_samples=permutations, **given)
+        return rearrange(maps, "b t 1 h w -> t b h w")
+    maps = attr.FeatureAblation(game).attribute(ones, 0, **given)
+    return rearrange(maps, "(b t) 1 h w -> t b h w", b=len(x))
 
 
 @torch.no_grad()
 def _occlusion(head: Head, features: Tensor, images: Tensor) -> Tensor:
-    """[B, 1, h, w]: the change of the number when a grey box covers that cell's part of a frame."""
+    """[targets, B, h, w]: the change when a grey box covers that cell's part of a frame."""
     from captum.attr import Occlusion
 
     h, w = features.shape[2:]
@@ -220,7 +243,7 @@ def _occlusion(head: Head, features: Tensor, images: Tensor) -> Tensor:
         baselines=head.model.image_mean.item(),
         perturbations_per_eval=max(1, 64 // len(images)),
     )
-    return reduce(pixels, "b 1 (h y) (w x) -> b 1 h w", "mean", h=h, w=w)
+    return reduce(pixels, "(b t) 1 (h y) (w x) -> t b h w", "mean", b=len(images), h=h, w=w)
 
 
 # Attention
@@ -296,16 +319,19 @@ def to_grid(share: Tensor, features: Tensor, token_type: str) -> Tensor:
     return torch.einsum("...bc,bchw->...bhw", share, spread)
 
 
+def on_grid(weights: Tensor, features: Tensor, model: CardiacDreamer, kind: str) -> Tensor:
+    """Grids [B, h, w] of weights [layers, B, heads, N, N]: the rollout to the map's tokens, from
+    which the guidance is pooled, or the action token's attention, averaged over layers and heads.
+    """
+    if choose(kind, "attention", ATTENTION) == "rollout":
+        share = rollout(weights)[-1][:, 1:, 1:].mean(1)
+    else:
+        share = weights[..., 0, 1:].mean((0, 2))
+    return to_grid(share, features, model.config.token_type)
+
+
 def attention_grid(model: CardiacDreamer, features: Tensor, kind: str = "rollout") -> Tensor:
-    """Grids [N, h, w]: the rollout to the map's tokens, from which the guidance is pooled, or the
-    action token's attention, averaged over layers and heads."""
+    """Grids [N, h, w] of maps [N, C, h, w] without motion, see `on_grid`."""
     choose(kind, "attention", ATTENTION)
-    grids = []
-    for part in features.split(frames_at_once(model, recorded=True)):
-        weights = attention(model, part)
-        if kind == "rollout":
-            share = rollout(weights)[-1][:, 1:, 1:].mean(1)
-        else:
-            share = weights[..., 0, 1:].mean((0, 2))
-        grids.append(to_grid(share, part, model.config.token_type))
-    return torch.cat(grids)
+    parts = features.split(frames_at_once(model, recorded=True))
+    return torch.cat([on_grid(attention(model, part), part, model, kind) for part in parts])

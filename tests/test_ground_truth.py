@@ -18,19 +18,24 @@ NAMES = ("left_ventricle", "septum", "mitral_valve", "left_atrium", "lung", "rib
 
 @pytest.fixture
 def made():
-    """One frame of 4 x 4 pixels on a 2 x 2 grid: ventricle, septum above; lung, atrium below. All
-    but the ribs, in none, have been taken away, which changed nothing but themselves."""
+    """One frame of 4 x 4 pixels on a 2 x 2 grid: ventricle, septum above; lung, atrium below."""
     labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
     labels[0, :2, :2], labels[0, :2, 2:] = 1, 2
     labels[0, 2:, :2], labels[0, 2:, 2:] = 5, 4
-    gone = {name: (np.array([0]), 10 * (labels == 1 + NAMES.index(name))[None].to(torch.uint8))
-            for name in ("left_ventricle", "septum", "left_atrium", "lung")}  # fmt: skip
     visible = torch.ones_like(labels, dtype=torch.bool)
-    return truth.Truth(labels, visible, NAMES, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), gone)
+    return truth.Truth(labels, visible, torch.zeros(1, 6), torch.zeros(1), NAMES, {})
 
 
-def test_scores_of_a_made_map(made):
-    known = truth.anatomy(made, (2, 2))
+@pytest.fixture
+def removed(made):
+    """All but the ribs, in no frame, taken away, which changed nothing but themselves."""
+    gone = {name: (np.array([0]), 10 * (made.labels == 1 + k)[None].to(torch.uint8))
+            for k, name in enumerate(NAMES) if name not in ("mitral_valve", "ribs")}  # fmt: skip
+    return truth.Removed(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), gone)
+
+
+def test_scores_of_a_made_map(made, removed):
+    known = truth.anatomy(made, removed, (2, 2))
     assert known.filled[0, 0].tolist() == [[1, 0], [0, 0]]
     assert known.filled[0, 4].tolist() == [[0, 0], [1, 0]]
     assert known.dose[0, 0].tolist() == [[10, 0], [0, 0]] and known.dose[0, 5].isnan().all()
@@ -38,17 +43,15 @@ def test_scores_of_a_made_map(made):
     moved = torch.tensor([[5.0, 2.0, torch.nan, 1.0, 3.0, 99.0]])  # ribs aside
     found = truth.against_truth(grid, known, moved)
     assert found["pointing"] == [1] and found["decisive"] == [1]  # the top cell is the ventricle
-    assert found["mass"] == pytest.approx([(7 / 10) / (3 / 4)])
-    assert found["rank"] == pytest.approx([2 / 3])  # of the three top cells one is lung
-    assert np.isnan(found["counterfactual"])  # four structures are too few
-    assert truth.against_truth(1 / grid, known, moved)["decisive"] == [0]
+    assert np.isnan(found["counterfactual_rank"])  # four structures are too few
+    found = truth.against_truth(1 / grid, known, moved)
+    assert found["pointing"] == [1] and found["decisive"] == [0]  # the top cell is the atrium
 
 
-def test_a_flat_map_points_nowhere(made):
-    known = truth.anatomy(made, (2, 2))
+def test_a_flat_map_points_nowhere(made, removed):
+    known = truth.anatomy(made, removed, (2, 2))
     found = truth.against_truth(torch.ones(1, 2, 2), known, torch.rand(1, 6))
-    assert all(np.isnan(found[m]).all() for m in ("pointing", "rank", "decisive"))
-    assert found["mass"] == pytest.approx([1])
+    assert all(np.isnan(found[m]).all() for m in ("pointing", "decisive"))
 
 
 def test_partial_rank_by_hand():
@@ -85,7 +88,7 @@ def test_counterfactual_agreement_does_not_follow_size(anatomy):
     assert earned.mean() > 0.7  # what a random map would score by size alone
 
     def agreement(grid):
-        return np.nanmean(truth.against_truth(grid, known, moved)["counterfactual"])
+        return np.nanmean(truth.against_truth(grid, known, moved)["counterfactual_rank"])
 
     assert agreement(weight) == pytest.approx(1) and agreement(-3 * weight * sign) > 0.99
     assert agreement(torch.ones(2000, 7, 7)) == 0
@@ -94,21 +97,47 @@ def test_counterfactual_agreement_does_not_follow_size(anatomy):
     assert agreement(1 - weight) < -0.2
 
 
-def test_relevance_by_structure(made):
-    known, moved = truth.anatomy(made, (2, 2)), torch.full((1, 6), torch.nan)
-    moved[0, 1] = -5.0
+def test_relevance_by_group_of_structures(made):
+    made.labels[0, 0, :2] = 0  # half of the ventricle's cell lies outside the sector
+    made.visible[0, 3, 2:] = False  # and half of the atrium's in a shadow
+    shares = truth.group_shares(made, (2, 2))
+    assert torch.equal(shares.sum(1), torch.ones(1, 2, 2))
     grid = torch.tensor([[[4.0, -2.0], [3.0, 1.0]]])
-    table = truth.by_structure(grid, known, np.array(["p"]), moved)
-    table = table.set_index(["measure", "structure"])["value"]
-    assert table["relevance", "left_ventricle"] == pytest.approx(4 / 10 / (1 / 4))
-    assert table["effect", "septum"] == pytest.approx(5 / 2.5)  # mm per grey level in the mean
-    assert "mitral_valve" not in table["relevance"] and list(table["effect"].index) == ["septum"]
+    found = dict(zip(truth.GROUPS, truth.relevance(grid, shares)[0].tolist(), strict=True))
+    assert found["heart"] == pytest.approx((2 + 2 + 0.5) / 10 / (2 / 4))
+    assert found["lung"] == pytest.approx(3 / 10 / (1 / 4))
+    assert found["outside"] == pytest.approx(2 / 10 / (0.5 / 4))
+    assert found["shadow"] == pytest.approx(0.5 / 10 / (0.5 / 4))
+    assert np.isnan([found[name] for name in ("ribs", "chest wall", "other tissue")]).all()
+    even = truth.relevance(torch.full((1, 2, 2), -3.0), shares)[0]
+    assert even[even.isfinite()].tolist() == pytest.approx([1] * 4)
 
 
 def test_shadowed_pixels_count_for_no_structure(made):
-    visible = made.visible.clone()
-    visible[0, :2, 1] = False  # half of the ventricle's cell
-    assert truth.anatomy(made._replace(visible=visible), (2, 2)).filled[0, 0, 0, 0] == 0.5
+    made.visible[0, :2, 1] = False  # half of the ventricle's cell
+    assert truth.filled(made, (2, 2))[0, 0, 0, 0] == 0.5
+
+
+def test_average_map_in_the_target_plane():
+    size, inside = 20, torch.ones(1, 20, 20, dtype=torch.bool)
+    at_target = truth.plane_bins(torch.zeros(1, 6), size, inside)[0]
+    x, z = truth.pixel_to_probe(15, 4, size)
+    row, column = int(z / 16), int((x + 80) / 16)  # bins of 16 mm
+    assert at_target[15, 4] == 10 * row + column
+    # 16 mm to the right the same pixel shows the next column, 16 mm deeper the next row.
+    moved = torch.tensor([[16.0, 0, 0, 0, 0, 0], [0, 0, 16.0, 0, 0, 0], [0, 20.0, 0, 0, 0, 0]])
+    beside, below, off = truth.plane_bins(moved, size, inside.expand(3, -1, -1))
+    assert beside[15, 4] == at_target[15, 4] + 1 and below[15, 4] == at_target[15, 4] + 10
+    assert (off == -1).all()  # 20 mm off the plane
+    assert (truth.plane_bins(torch.zeros(1, 6), size, ~inside) == -1).all()
+
+    bins = torch.full((2, 4, 4), -1)
+    bins[:, 0, :2], bins[0, 3, 3] = 7, 42
+    grid = torch.tensor([[[3.0, 1.0], [0.0, -4.0]], [[1.0, 1.0], [0.0, 0.0]]])
+    mean, count = truth.average_map(grid, bins)
+    assert mean.flatten()[7] == pytest.approx((3 / 2 + 1 / 0.5) / 2) and count.flatten()[7] == 2
+    assert mean.flatten()[42] == pytest.approx(4 / 2) and count.flatten()[42] == 1
+    assert mean.isnan().sum() == 98 and count.sum() == 3
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +170,19 @@ def test_unseen_frames_and_their_truth(phantom):
     away = sample.pose.norm(dim=1)
     assert all(away[k] == away[sample.patient == sample.patient[k]].min() for k in near)
     known = truth.truth(sample)
-    assert torch.equal(known.whole, sample.images)
+    removed = truth.remove(sample, known)
+    assert torch.equal(removed.whole, sample.images)
     assert known.structures == STRUCTURES and known.labels.shape == (4, 48, 48)
-    for where, without in known.without.values():
+    for where, without in removed.without.values():
         assert (without != sample.images[where]).any()
-    moved = truth.changes(model, known, "x")
-    there = {name: torch.isfinite(moved[:, i]).sum() for i, name in enumerate(STRUCTURES)}
-    assert {n for n, count in there.items() if count} == set(known.without)
+    moved = truth.changes(model, removed, STRUCTURES, ["x", "rotation"])
+    assert moved.shape == (2, 4, len(STRUCTURES))
+    there = {name: torch.isfinite(moved[0, :, i]).sum() for i, name in enumerate(STRUCTURES)}
+    assert {n for n, count in there.items() if count} == set(removed.without)
+    name, (where, images) = next(iter(removed.without.items()))
+    gap = truth.predict(model, sample.images[where]) - truth.predict(model, images)
+    assert torch.equal(moved[0, where, STRUCTURES.index(name)], gap[:, 0])
+    assert not torch.equal(truth.rerender(sample, known, vary={"gain": 5.0}), sample.images)
     frames = truth.sweep(sample, "roll", [-10, 0, 10])
     assert frames.shape == (3, 1, 48, 48) and not torch.equal(frames[0], frames[1])
 

@@ -57,9 +57,13 @@ sys.exit(main({command(place, "train", "--variant", "patch", "none")}))
     assert {"accuracy", "convergence"} <= set(store.measures["family"])
 
 
-def test_a_stored_run_is_not_repeated_and_missing_ones_are_named(place, capsys):
-    assert main(command(place, "train", "--variant", "patch")) == 0
-    assert "smoke_a4c_patch_seed1: stored" in capsys.readouterr().out
+def test_what_one_machine_lacks_another_adds_and_nothing_is_repeated(place, capsys):
+    name = "smoke_a4c_patch_seed1"
+    assert "maps" not in results.families(place / "results", name)
+    for outcome in ("done", "stored"):
+        assert main(command(place, "train", "--variant", "patch")) == 0
+        assert f"{name}: {outcome}" in capsys.readouterr().out
+    assert "maps" in results.families(place / "results", name)
     assert main(command(place, "missing", "--variant", "patch", "--seeds", "1,2")) == 1
     assert "missing: smoke_a4c_patch_seed2" in capsys.readouterr().out
 

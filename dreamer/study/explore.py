@@ -96,7 +96,7 @@ class Explorer:
             return None
         if kind == "attention":
             return attribution.attention_grid(model, features)[0].numpy()
-        method = IntegratedGradients(attribution.Head(model, "rotation"))
+        method = IntegratedGradients(attribution.Head(model, ["rotation"]))
         return method.attribute(features, n_steps=8).sum(1)[0].detach().numpy()
 
     @property

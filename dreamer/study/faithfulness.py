@@ -1,9 +1,11 @@
 """Tests of maps: does a map show what the model's prediction depends on?
 
 Deletion and insertion (Petsiuk et al., BMVC 2018), infidelity and max-sensitivity (Yeh et al.,
-NeurIPS 2019), randomised weights (Adebayo et al., NeurIPS 2018), rank agreement between methods,
-seeds and variants, and, on the phantom, the scores of `ground_truth`. Beside every score stand
-controls that know nothing of the model: a random map, the edges of the frame, its centre.
+NeurIPS 2019), randomised weights (Adebayo et al., NeurIPS 2018) with the smoothed and the
+efficient variant (Hedström et al., "A Fresh Look at Sanity Checks for Saliency Maps", xAI 2024),
+agreement between methods and between the measures themselves (after LATEC: Klein et al., NeurIPS
+2024). Beside every score stand controls that know nothing of the model: random maps, the edges of
+the frame, its centre.
 """
 
 import copy
@@ -17,62 +19,67 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import entropy, rankdata, spearmanr
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dreamer.attribution import (
     ATTENTION,
     METHODS,
-    CellGame,
-    Head,
     attention_grid,
     attribute,
     baseline_map,
     choose,
     encode,
     frames_at_once,
+    pose_target,
 )
 from dreamer.model import CardiacDreamer, as_input
-from dreamer.study import stats
-from dreamer.study.ground_truth import Anatomy, Sample, against_truth
+from dreamer.study.ground_truth import Sample
 
 CONTROLS = ("random", "edges", "centre")
+DRAWS = 5  # random maps, the null of every score
 SLOW = ("Shapley", "ablation", "occlusion")  # one pass per cell, or more
-QUICK = (*(m for m in METHODS if m not in SLOW), *ATTENTION)
-LEFT = 0.3  # rank correlation with the trained map that may remain under random weights
-BETTER = {  # measure: whether more or less of it is better
-    "deletion": "more",
-    "insertion": "less",
-    "infidelity": "less",
-    "sensitivity": "less",
-    "counterfactual": "more",
-    "decisive": "more",
-    "pointing": "more",
-    "mass": "more",
-    "rank": "more",
+QUICK = (*ATTENTION, *(m for m in METHODS if m not in SLOW))
+STAGES = ("guidance", "transformer", "all")  # weights drawn anew, from the head downwards
+BINS = 10  # of the histogram behind `complexity`
+BETTER = {  # measure: 1 where more of it is better, -1 where less is
+    "deletion": 1,
+    "insertion": -1,
+    "frame_deletion": 1,
+    "frame_insertion": -1,
+    "infidelity": -1,
+    "max_sensitivity": -1,
+    "randomisation_rank": -1,
+    "randomisation_smooth_rank": -1,
+    "randomisation_complexity_rise": 1,
+    "counterfactual_rank": 1,
+    "decisive": 1,
+    "pointing": 1,
 }
 
 
 class View(NamedTuple):
-    """A sample through a model: `features` [N, C, h, w] and the `baseline` [1 or N, C, h, w] that
-    hidden cells show, computed once."""
+    """A sample through a model: `features` [N, C, h, w], the `baseline` [1 or N, C, h, w] that
+    hidden cells show, and maps of `training` frames [M, C, h, w], computed once."""
 
     model: CardiacDreamer
     sample: Sample
     features: Tensor
     baseline: Tensor
+    training: Tensor
 
     def take(self, rows: slice | Sequence[int]) -> "View":
         """The view of fewer frames."""
         base = self.baseline if len(self.baseline) == 1 else self.baseline[rows]
-        return View(self.model, self.sample.take(rows), self.features[rows], base)
+        return self._replace(
+            sample=self.sample.take(rows), features=self.features[rows], baseline=base
+        )
 
 
 def view(model: CardiacDreamer, sample: Sample, baseline: str = "mean") -> View:
     """The `View` of a sample; `baseline` is one of attribution.BASELINES."""
     base = baseline_map(model, baseline, sample.images, sample.training)
-    return View(model, sample, encode(model, sample.images), base)
+    return View(model, sample, encode(model, sample.images), base, encode(model, sample.training))
 
 
 def control(name: str, images: Tensor, grid: tuple[int, int], seed: int = 0) -> Tensor:
@@ -88,144 +95,116 @@ def control(name: str, images: Tensor, grid: tuple[int, int], seed: int = 0) -> 
     return F.adaptive_avg_pool2d(edges.norm(dim=1), grid)
 
 
-def maps(
-    seen: View,
-    methods: Sequence[str],
-    target: str,
-    steps: int = 16,
-    seed: int = 0,
-    progress: str | None = None,
-) -> dict[str, Tensor]:
-    """Grids [N, h, w] for one target, by method; attention and controls are the same for all."""
-    model, sample, features, base = seen
-    grids = {}
-    for method in tqdm(methods, desc=progress, leave=False, disable=progress is None):
-        if method in METHODS:
-            grid = attribute(
-                model, features, target, method, base, sample.images, steps=steps, seed=seed
-            )
-        elif method in ATTENTION:
-            grid = attention_grid(model, features, method)
-        else:
-            grid = control(method, sample.images, features.shape[2:], seed)
-        grids[method] = grid.cpu()
-    return grids
+def maps(seen: View, method: str, targets: Sequence[str], steps: int = 16, seed: int = 0) -> Tensor:
+    """Grids [targets, N, h, w] of one of METHODS, ATTENTION or CONTROLS, on the CPU; attention and
+    controls are the same for every target."""
+    model, sample, features, base, training = seen
+    if method in METHODS:
+        base = training if method == "GradientShap" else base
+        grid = attribute(
+            model, features, targets, method, base, sample.images, steps=steps, seed=seed
+        )
+    elif method in ATTENTION:
+        grid = attention_grid(model, features, method).expand(len(targets), -1, -1, -1)
+    else:
+        grid = control(method, sample.images, features.shape[2:], seed)
+        grid = grid.expand(len(targets), -1, -1, -1)
+    return grid.detach().cpu()
 
 
 # Scores without anatomy
 
 
 @torch.no_grad()
-def _play(seen: View, target: str, mask: Tensor) -> Tensor:
-    """The prediction [N] with the cells of `mask` [N, 1, h, w] from the frame, others' baseline."""
-    game, base = CellGame(Head(seen.model, target)), seen.baseline.expand_as(seen.features)
-    size = frames_at_once(seen.model)
-    parts = zip(mask.split(size), seen.features.split(size), base.split(size), strict=True)
-    return torch.cat([game(*part) for part in parts]).cpu()
+def play(seen: View, mask: Tensor, on: str = "map") -> Tensor:
+    """Poses [..., N, 6] predicted with the cells of `mask` [..., N, h, w] as they are and the
+    others hidden: by the baseline on the feature map, by a grey box on the frame."""
+    model, n = seen.model, len(seen.features)
+    if choose(on, "on", ("map", "frame")) == "map":
+        given, nothing = seen.features, seen.baseline.expand_as(seen.features)
+    else:
+        given = as_input(seen.sample.images).to(seen.features)
+        nothing = model.image_mean.expand_as(given)
+    flat = mask.to(given).reshape(-1, 1, *mask.shape[-2:])
+    size, poses = frames_at_once(model), []
+    for start in range(0, len(flat), size):
+        part = flat[start : start + size]
+        row = torch.arange(start, start + len(part), device=part.device) % n
+        if on == "frame":
+            part = F.interpolate(part, given.shape[-2:], mode="nearest")
+        mixed = torch.lerp(nothing[row], given[row], part)
+        features = model.encode(mixed) if on == "frame" else mixed
+        poses.append(model.imagine(features, mixed.new_zeros(len(part), 6)).pose.cpu())
+    return torch.cat(poses).view(*mask.shape[:-2], 6)
 
 
 def curves(
     seen: View,
     grid: Tensor,
-    target: str,
+    targets: Sequence[str],
     points: int = 0,
     ends: tuple[Tensor, Tensor] | None = None,
+    on: str = "map",
 ) -> tuple[NDArray, NDArray, NDArray]:
-    """Shares [K] of cells, deletion and insertion [N, K] for a map [N, h, w].
+    """Shares [K] of cells, deletion and insertion [targets, N, K] for a map [N, h, w].
 
     Deletion: |f(frame) - f(that share hidden)|; insertion: |f(frame) - f(only that share shown)|,
     in mm or deg; cells in the order of |map|, ties at random. `points`: numbers of cells to try,
-    denser at the start; 0 tries every one. `ends`: predictions for frame and baseline, if known. A
-    faithful map has a high deletion curve and a low insertion curve.
+    denser at the start; 0 tries every one. `ends`: poses for frame and baseline, if known. `on`:
+    the feature map or the frame, see `play`. A faithful map has a high deletion curve and a low
+    insertion curve.
     """
     n, (h, w) = len(grid), grid.shape[1:]
     counts = np.unique(np.geomspace(1, h * w, points or 4 * h * w).round().astype(int))
     shuffled = torch.randperm(h * w, generator=torch.Generator().manual_seed(0))
     magnitude = grid.detach().abs().cpu().flatten(1)[:, shuffled]
     order = shuffled[magnitude.argsort(dim=1, descending=True, stable=True)]
-    place = order.argsort(dim=1).view(n, 1, h, w).to(seen.features.device)
-    whole, empty = ends or whole_and_empty(seen, target)
-    hidden = [_play(seen, target, (place >= k).float()) for k in counts[:-1]]
-    shown = [_play(seen, target, (place < k).float()) for k in counts[:-1]]
-    deletion = (torch.stack([whole, *hidden, empty], 1) - whole[:, None]).abs()
-    insertion = (torch.stack([empty, *shown, whole], 1) - whole[:, None]).abs()
-    return np.concatenate(([0], counts)) / (h * w), deletion.numpy(), insertion.numpy()
+    place = order.argsort(dim=1).view(n, h, w)
+    whole, empty = ends or whole_and_empty(seen, on)
+    first = torch.stack([place < k for k in counts[:-1].tolist()])  # [K - 1, N, h, w]
+    hidden, shown = play(seen, torch.stack((~first, first)), on)
+    lines = []
+    for poses in (torch.stack([whole, *hidden, empty]), torch.stack([empty, *shown, whole])):
+        change = [(pose_target(poses, t) - pose_target(whole, t)).abs().T for t in targets]
+        lines.append(torch.stack(change).numpy())
+    return np.concatenate(([0], counts)) / (h * w), *lines
 
 
-def whole_and_empty(seen: View, target: str) -> tuple[Tensor, Tensor]:
-    """The predictions [N] for the frames and for the baseline alone."""
-    ones = torch.ones_like(seen.features[:, :1])
-    return _play(seen, target, ones), _play(seen, target, torch.zeros_like(ones))
+def whole_and_empty(seen: View, on: str = "map") -> tuple[Tensor, Tensor]:
+    """The poses [N, 6] for the frames and for the baseline, or grey, alone."""
+    ones = torch.ones(len(seen.features), *seen.features.shape[2:])
+    return tuple(play(seen, torch.stack((ones, 0 * ones)), on))
 
 
-@torch.no_grad()
-def squared_error(
-    seen: View, attribution: Tensor, target: str, normalize: bool, samples: int = 8, seed: int = 0
-) -> Tensor:
-    """Captum's `infidelity` [N] of a map [N, h, w] over random masks of cells, the same for all."""
-    from captum.metrics import infidelity as captum_infidelity
-
-    game, features = CellGame(Head(seen.model, target)), seen.features
+def hide_at_random(seen: View, samples: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random sets of hidden cells [samples, h, w], up to half of them, and the poses
+    [samples, N, 6] that are predicted then."""
+    n, (h, w) = len(seen.features), seen.features.shape[2:]
     draw = torch.Generator().manual_seed(seed)
-
-    def hide(mask: Tensor) -> tuple[Tensor, Tensor]:
-        share = torch.rand(len(mask), 1, 1, 1, generator=draw) / 2
-        hidden = (torch.rand(mask.shape, generator=draw) < share).to(mask)
-        return hidden, mask - hidden
-
-    return captum_infidelity(
-        game,
-        hide,
-        torch.ones_like(features[:, :1]),
-        attribution[:, None].to(features),
-        additional_forward_args=(features, seen.baseline.expand_as(features)),
-        n_perturb_samples=samples,
-        max_examples_per_batch=max(len(features), frames_at_once(seen.model)),
-        normalize=normalize,
-    ).cpu()
+    share = torch.rand(samples, 1, 1, generator=draw) / 2
+    hidden = torch.rand(samples, h, w, generator=draw) < share
+    return hidden, play(seen, (~hidden)[:, None].expand(-1, n, -1, -1))
 
 
-def infidelity(seen: View, grid: Tensor, target: str, change: Tensor | None = None) -> Tensor:
+def infidelity(grid: Tensor, hidden: Tensor, change: Tensor) -> Tensor:
     """Share [N] of the prediction's change under random hiding of cells that a map [N, h, w] fails
-    to predict: 0 predicts all of it, 1 nothing. `change`: the mean squared change, if known."""
-    if change is None:
-        change = mean_squared_change(seen, target)
-    return squared_error(seen, grid, target, True) / change.clamp_min(1e-20)
+    to predict: 0 predicts all of it, 1 nothing, whatever the map's scale.
+
+    `hidden` [samples, h, w] cells, `change` [samples, N] of the prediction. This is Captum's
+    `infidelity` with normalize=True over the mean squared change; the masks are shared by all maps.
+    """
+    predicted = torch.einsum("shw,nhw->sn", hidden.to(grid), grid)
+    change = change.to(grid)
+    scale = (predicted * change).sum(0) / (predicted**2).sum(0).clamp_min(1e-20)
+    missed = (scale * predicted - change).square().mean(0)
+    return missed / change.square().mean(0).clamp_min(1e-20)
 
 
-def mean_squared_change(seen: View, target: str) -> Tensor:
-    """Mean squared change [N] of the prediction under the masks of `infidelity`."""
-    zero = seen.features.new_zeros(len(seen.features), *seen.features.shape[2:])
-    return squared_error(seen, zero, target, False)
-
-
-def sensitivity(
-    seen: View, method: str, target: str, radius: float = 0.1, samples: int = 4, seed: int = 0
-) -> Tensor:
-    """Largest relative change [N] of a map under small noise on the feature map: Captum's
-    `sensitivity_max`; `radius` in standard deviations of the maps."""
-    from captum.metrics import sensitivity_max
-
-    def explain(features: Tensor | tuple[Tensor]) -> tuple[Tensor]:
-        x = features[0] if isinstance(features, tuple) else features
-        repeat = len(x) // len(seen.baseline) if len(seen.baseline) > 1 else 1
-        base = seen.baseline.repeat_interleave(repeat, 0)
-        noisy = View(seen.model, seen.sample, x, base)
-        return (maps(noisy, [method], target, steps=8, seed=seed)[method].flatten(1),)
-
-    draw = torch.Generator().manual_seed(seed)
-
-    def add_noise(features: Tensor | tuple[Tensor], reach: float) -> tuple[Tensor]:
-        x = features[0] if isinstance(features, tuple) else features
-        return (x + torch.empty(x.shape).uniform_(-reach, reach, generator=draw).to(x),)
-
-    return sensitivity_max(
-        explain,
-        seen.features,
-        add_noise,
-        perturb_radius=radius * float(seen.features.std()),
-        n_perturb_samples=samples,
-    )
+def complexity(grid: Tensor) -> NDArray:
+    """Entropy [N] in nats of the histogram of a map's signed values [N, h, w], BINS bins over its
+    own range: 0 for a flat map, log(BINS) where values are spread evenly (Hedström et al. 2024)."""
+    counts = [np.histogram(values, BINS)[0] for values in grid.flatten(1).double().numpy()]
+    return entropy(counts, axis=1)
 
 
 def ranks(grid: Tensor) -> NDArray:
@@ -243,132 +222,162 @@ def rank_correlation(one: Tensor, other: Tensor) -> NDArray:
 
 
 def randomised(model: CardiacDreamer, seed: int = 0) -> Iterator[tuple[str, CardiacDreamer]]:
-    """(stage, model) with weights drawn anew from the guidance head down to the backbone's first
-    stage, each stage on top of those before; the given model is not changed."""
+    """(stage, model) with weights drawn anew from the guidance head down, each of STAGES on top of
+    those before; the given model is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(10**6 + seed)  # not the draw that a run with this seed started from
         fresh = CardiacDreamer(model.config.model_copy(update={"weights": "none"}))
     net = copy.deepcopy(model)
-    stages = [("guidance", r"(head|pooling)\.")]
-    if model.world is not None:
-        blocks = range(len(model.world.blocks), 0, -1)
-        stages += [("map heads", r"world\.tokens\.(\w+\.)?heads\.")]
-        stages += [(f"block {i}", rf"world\.blocks\.{i - 1}\.") for i in blocks]
-        stages += [("embedding", r"world\.")]
-    count = range(len(model.backbone.stages), 0, -1)
-    stages += [(f"backbone {i}", rf"backbone\.stages\.{i - 1}\.") for i in count]
-    for name, prefix in stages:
+    for stage, prefix in zip(STAGES, (r"(head|pooling)\.", r"world\.", r"backbone\."), strict=True):
         state = {k: v for k, v in fresh.state_dict().items() if re.match(prefix, k)}
         net.load_state_dict(state, strict=False)
-        yield name, net.eval()
+        yield stage, net.eval()
 
 
-# Tables
+# Tables: measure, condition, patient, value
 
 
-def rows(patient: NDArray, values, **names: str | float) -> pd.DataFrame:
-    """One row per frame: patient, frame, `names`, value, for `values` [N]."""
-    values = np.asarray(values, dtype=float)
-    table = pd.DataFrame({"patient": patient, "frame": np.arange(len(values))})
-    return table.assign(**names, value=values)
-
-
-def score(
-    seen: View,
-    grids: Mapping[str, Tensor],
-    target: str,
-    anatomy: Anatomy | None = None,
-    moved: Tensor | None = None,
-    points: int = 4,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of all maps (patient, frame, method, measure, value), and their curves (with kind and
-    share in place of measure).
-
-    deletion and insertion are areas under curves that are relative to the mean distance between
-    the predictions for frames and baseline. The measures of `against_truth` need `anatomy` and
-    `moved` [N, structures].
-    """
-    patient, scores, lines = seen.sample.patient, [], []
-    ends, change = whole_and_empty(seen, target), mean_squared_change(seen, target)
-    for method, grid in grids.items():
-        share, hidden, shown = curves(seen, grid, target, points, ends)
-        scale = hidden[:, -1].mean()
-        for kind, line in (("deletion", hidden / scale), ("insertion", shown / scale)):
-            area = np.trapezoid(line, share, axis=1)
-            scores.append(rows(patient, area, method=method, measure=kind))
-            lines += [
-                rows(patient, line[:, k], method=method, kind=kind, share=share[k])
-                for k in range(len(share))
-            ]
-        missed = infidelity(seen, grid, target, change)
-        scores.append(rows(patient, missed, method=method, measure="infidelity"))
-        if anatomy is not None:
-            for measure, value in against_truth(grid, anatomy, moved).items():
-                scores.append(rows(patient, value, method=method, measure=measure))
-    return pd.concat(scores, ignore_index=True).dropna(subset="value"), pd.concat(lines)
-
-
-def randomisation(
-    seen: View, methods: Sequence[str], target: str, seed: int = 0, progress: str | None = None
-) -> pd.DataFrame:
-    """Rank agreement with the trained map under `randomised` weights, one row per frame: patient,
-    frame, method, stage, depth (1 is the guidance head), value."""
-    trained, found = maps(seen, methods, target), []
-    stages = tqdm(
-        randomised(seen.model, seed), desc=progress, leave=False, disable=progress is None
+def rows(measure: str, condition: str, patient: NDArray, values) -> pd.DataFrame:
+    """One row per frame of `values` [N]."""
+    value = np.asarray(values, dtype=float)
+    return pd.DataFrame(
+        {"measure": measure, "condition": condition, "patient": patient, "value": value}
     )
-    for depth, (stage, net) in enumerate(stages, 1):
-        other = view(net, seen.sample) if "backbone" in stage else seen._replace(model=net)
-        for method, grid in maps(other, methods, target).items():
-            value = rank_correlation(trained[method], grid)
-            names = {"method": method, "stage": stage, "depth": depth}
-            found.append(rows(seen.sample.patient, value, **names))
+
+
+def faithful(
+    seen: View, grids: Mapping[str, Tensor], targets: Sequence[str], points: int = 4
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of maps, method -> [targets, N, h, w], and the curves behind the first two of them
+    (columns kind, method, target, share, patient, value).
+
+    - deletion, insertion: areas under curves that are relative to the mean distance between the
+      predictions for frames and baseline; frame_deletion, frame_insertion: the same with boxes on
+      the frame, for the first target.
+    - infidelity, see there.
+    """
+    patient, found, lines = seen.sample.patient, [], []
+    ends = {on: whole_and_empty(seen, on) for on in ("map", "frame")}
+    hidden, poses = hide_at_random(seen)
+    for method, each in grids.items():
+        same = all(torch.equal(each[0], grid) for grid in each[1:])  # one map for every target
+        for k, target in enumerate(targets):
+            name = f"{method} | {target}"
+            change = pose_target(ends["map"][0], target) - pose_target(poses, target)
+            found.append(rows("infidelity", name, patient, infidelity(each[k], hidden, change)))
+            if k == 0 or not same:
+                share, *both = curves(seen, each[k], targets, points, ends["map"])
+            played = {"deletion": both[0][k], "insertion": both[1][k]}
+            if k == 0:
+                _, *both_on_frame = curves(seen, each[k], [target], points, ends["frame"], "frame")
+                played |= {
+                    "frame_deletion": both_on_frame[0][0],
+                    "frame_insertion": both_on_frame[1][0],
+                }
+            for kind, line in played.items():
+                deleted = played["frame_deletion" if "frame" in kind else "deletion"]
+                line = line / deleted[:, -1].mean()
+                found.append(rows(kind, name, patient, np.trapezoid(line, share, axis=1)))
+                names = {"kind": kind, "method": method, "target": target}
+                table = pd.DataFrame(line, columns=share).assign(patient=patient, **names)
+                lines.append(table.melt([*names, "patient"], var_name="share"))
+    return pd.concat(found, ignore_index=True), pd.concat(lines, ignore_index=True)
+
+
+def robust(
+    seen: View,
+    methods: Sequence[str],
+    target: str,
+    noise: int = 2,
+    radius: float = 0.1,
+    steps: int = 8,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How maps answer to noise and to random weights, condition "method | target".
+
+    - max_sensitivity: the largest relative change of a map under `noise` draws of uniform noise on
+      the feature map, up to `radius` standard deviations.
+    - randomisation_rank: rank correlation with the trained map where weights of a stage (in the
+      condition) are drawn anew; for the last of STAGES the stage is left out.
+    - randomisation_smooth_rank: the same for maps averaged over the noise.
+    - randomisation_complexity_rise: relative rise of `complexity` when all weights are random.
+    """
+    patient = seen.sample.patient
+
+    def both(seen: View, method: str) -> tuple[Tensor, Tensor]:
+        """The map [N, h, w] and the maps under noise [noise, N, h, w]."""
+        generator = torch.Generator().manual_seed(seed)
+        reach = radius * float(seen.features.std())
+        noisy = []
+        for _ in range(noise):
+            shift = torch.rand(seen.features.shape, generator=generator).mul(2).sub(1)
+            moved = seen._replace(features=seen.features + reach * shift.to(seen.features))
+            noisy.append(maps(moved, method, [target], steps, seed)[0])
+        return maps(seen, method, [target], steps, seed)[0], torch.stack(noisy)
+
+    trained = {method: both(seen, method) for method in methods}
+    found = []
+    for method, (grid, noisy) in trained.items():
+        gap = (noisy - grid).flatten(2).norm(dim=2) / grid.flatten(1).norm(dim=1).clamp_min(1e-12)
+        found.append(rows("max_sensitivity", f"{method} | {target}", patient, gap.amax(0)))
+    for stage, net in randomised(seen.model, seed):
+        last = stage == STAGES[-1]
+        other = view(net, seen.sample) if last else seen._replace(model=net)
+        for method, (grid, noisy) in trained.items():
+            name = f"{method} | {target}"
+            if not last:
+                drawn = maps(other, method, [target], steps, seed)[0]
+                rank = rank_correlation(grid, drawn)
+                found.append(rows("randomisation_rank", f"{name} | {stage}", patient, rank))
+                continue
+            drawn, soft = both(other, method)
+            rise = complexity(drawn) / complexity(grid) - 1
+            values = {
+                "randomisation_rank": rank_correlation(grid, drawn),
+                "randomisation_smooth_rank": rank_correlation(noisy.mean(0), soft.mean(0)),
+                "randomisation_complexity_rise": rise,
+            }
+            found += [rows(measure, name, patient, value) for measure, value in values.items()]
     return pd.concat(found, ignore_index=True)
 
 
-def agreement(
-    grids: Mapping[str, Mapping[str, Tensor]], variants: Mapping[str, str], patient: NDArray
+def map_agreement(
+    grids: Mapping[str, Tensor], targets: Sequence[str], patient: NDArray
 ) -> pd.DataFrame:
-    """Rank agreement of maps: kind, variant, method, other, patient, frame, value.
-
-    kind methods: two methods of one run; seeds: one method, two runs of a variant; variants: one
-    method, a run of each. `grids`: run -> method -> map; `variants`: run -> its token type.
-    """
+    """Rank correlation of the magnitudes of two methods' maps [targets, N, h, w], condition
+    "one | other | target"; random maps are left out."""
     found = []
-
-    def add(kind: str, variant: str, method: str, other: str, value: NDArray) -> None:
-        names = {"kind": kind, "variant": variant, "method": method, "other": other}
-        found.append(rows(patient, value, **names))
-
-    ranked = {run: {m: ranks(g) for m, g in each.items()} for run, each in grids.items()}
-    for run, each in ranked.items():
-        for one, two in itertools.combinations(each, 2):
-            add("methods", variants[run], one, two, (each[one] * each[two]).sum(1))
-    for run, other in itertools.combinations(ranked, 2):
-        same = variants[run] == variants[other]
-        kind, variant = ("seeds", variants[run]) if same else ("variants", "both")
-        for method in ranked[run]:
-            if method not in CONTROLS:
-                value = (ranked[run][method] * ranked[other][method]).sum(1)
-                add(kind, variant, method, method, value)
-    return pd.concat(found, ignore_index=True).dropna(subset="value")
+    names = [name for name in grids if not name.startswith("random")]
+    ranked = {name: list(map(ranks, grids[name])) for name in names}
+    for one, other in itertools.combinations(names, 2):
+        for target, a, b in zip(targets, ranked[one], ranked[other], strict=True):
+            name = f"{one} | {other} | {target}"
+            found.append(rows("map_agreement", name, patient, (a * b).sum(1)))
+    return pd.concat(found, ignore_index=True)
 
 
-def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Means of `value` by the columns `by` with 95% intervals over seeds and patients: adds
-    estimate, low, high, seeds, patients. Patients that a seed lacks are left out."""
+def score_matrix(table: pd.DataFrame, target: str) -> pd.DataFrame:
+    """Mean scores by method (rows) and measure of BETTER (columns) for one target, controls
+    included, as they are."""
+    part = table[table["measure"].isin(BETTER) & table["condition"].str.endswith(f" | {target}")]
+    method = part["condition"].str.removesuffix(f" | {target}")
+    wide = part.pivot_table("value", method.rename("method"), "measure")
+    return wide[[measure for measure in BETTER if measure in wide]]
+
+
+def score_ranks(wide: pd.DataFrame) -> pd.DataFrame:
+    """Ranks of the rows of a `score_matrix` on each measure, 1 the best."""
+    return (wide * pd.Series(BETTER).reindex(wide.columns)).rank(ascending=False)
+
+
+def metric_agreement(wide: pd.DataFrame) -> pd.DataFrame:
+    """Do two measures rank the methods alike? Spearman correlation of their rankings of all
+    methods but the controls, condition "one | other"; NaN under four methods, or all alike."""
+    ranked = score_ranks(wide.drop(index=list(CONTROLS), errors="ignore"))
     found = []
-    for key, part in table.groupby(list(by), sort=False):
-        part = part if "seed" in part else part.assign(seed=0)
-        cells = part.pivot_table("value", "seed", "patient", "mean").dropna(axis=1)
-        found.append((*key, *stats.interval(cells)._asdict().values()))
-    columns = [*by, *stats.Interval._fields]
-    return pd.DataFrame(found, columns=columns).drop(columns="df")
-
-
-def cells(table: pd.DataFrame, **where: str) -> pd.DataFrame:
-    """The matrix [seeds, patients] of mean values of the rows with these values in other columns;
-    patients that a seed lacks are left out."""
-    for column, value in where.items():
-        table = table[table[column] == value]
-    return table.pivot_table("value", "seed", "patient", "mean").dropna(axis=1)
+    for one, other in itertools.combinations(ranked, 2):
+        both = ranked[[one, other]].dropna()
+        tells = len(both) > 3 and both.nunique().min() > 1
+        value = spearmanr(both[one], both[other]).statistic if tells else np.nan
+        found.append(rows("metric_agreement", f"{one} | {other}", np.array([""]), [value]))
+    return pd.concat(found, ignore_index=True)

@@ -1,13 +1,13 @@
 """Frames of unseen patients, and what the phantom knows of them that no scan can provide.
 
-The anatomy on the 7x7 grid, and the same frames rendered again without one structure: does a map
-lie on the heart, and on what really changes the prediction? Pointing game: Zhang et al., ECCV 2016;
-relevance mass and rank accuracy: Arras et al., Inf. Fusion 2022, the mass relative to the area, so
-that thin leaflets count. Pixels in the shadow of a rib show nothing and count for no structure.
+The anatomy on the 7x7 grid, and the same frames rendered again without a structure or with other
+surroundings: does a map lie on the heart, and on what really changes the prediction? Pointing game:
+Zhang et al., ECCV 2016. Pixels in the shadow of a rib show nothing and count for no structure.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,24 +18,31 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dreamer import phantom, poses
 from dreamer.attribution import encode, frames_at_once, pose_target
-from dreamer.data import Transitions
+from dreamer.data import Split, Transitions
 from dreamer.model import CardiacDreamer
+from dreamer.phantom.sector import DEPTH, pixel_to_probe
 from dreamer.runs import load_config, make_split
 
 NOT_HEART = ("mediastinum", "lung", "liver", "chest_wall", "ribs")
+HEART = tuple(name for name in phantom.STRUCTURES if name not in NOT_HEART)
+GROUPS = ("heart", "ribs", "chest wall", "lung", "other tissue", "shadow", "outside")
+BINS = 10  # per side of an average map
+REACH = 10.0  # mm from the target plane that an average map takes in
 
 
 class Sample(NamedTuple):
-    """N frames of unseen patients: `images` uint8 [N, 1, S, S], `pose` [N, 6], `scan`, `frame`,
-    `patient` (a block of time, where the split is by blocks) [N]; `training` frames [M, 1, S, S];
-    the data's `folder`; `split`, patient or blocks. The first frames are of different patients."""
+    """N transitions of unseen patients: `images` and `after`, frames 1 and 2, uint8 [N, 1, S, S],
+    `pose` of frame 1 and `action` [N, 6], `scan`, `frame` (of frame 1), `patient` (a block of time,
+    where the split is by blocks) [N]; `training` frames [M, 1, S, S]; the data's `folder`; `split`,
+    patient or blocks. The first transitions are of different patients."""
 
     images: Tensor
+    after: Tensor
     pose: Tensor
+    action: Tensor
     scan: NDArray
     frame: NDArray
     patient: NDArray
@@ -44,8 +51,36 @@ class Sample(NamedTuple):
     split: str
 
     def take(self, rows: slice | Sequence[int]) -> "Sample":
-        """The sample of fewer frames."""
-        return Sample(*(field[rows] for field in self[:5]), *self[5:])
+        """The sample of fewer transitions."""
+        return Sample(*(field[rows] for field in self[:7]), *self[7:])
+
+
+def draw(
+    data: Transitions, indices: NDArray[np.int64], split: Split, frames: int, seed: int = 0
+) -> Sample:
+    """A `Sample` of `frames` of the transitions `indices`, spread evenly over their patients, with
+    128 frames of `split.train` for baselines."""
+    patient = np.array([str(p) for p in data.patient[indices]])
+    if split.kind == "blocks":
+        block = np.cumsum(np.diff(indices, prepend=indices[0] - 1) > 1)
+        patient = np.array([f"{p} block {b}" for p, b in zip(patient, block, strict=True)])
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(indices))
+    turn = pd.Series(shuffled).groupby(patient[shuffled]).cumcount().to_numpy()
+    picked = shuffled[np.argsort(turn, kind="stable")][:frames]
+    chosen = indices[picked]
+    return Sample(
+        data.images(data.rows[chosen, 0]),
+        data.images(data.rows[chosen, 1]),
+        data.pose1[chosen],
+        data.action[chosen],
+        data.scan[chosen],
+        data.frame[chosen, 0],
+        patient[picked],
+        data.images(data.rows[np.sort(rng.choice(split.train, 128)), 0]),
+        data.folder,
+        split.kind,
+    )
 
 
 def unseen(
@@ -70,28 +105,9 @@ def unseen(
         )
     found = Transitions(data, sizes.pop(), patients)
     split = make_split(found, configs[0][1])
-    test = split.test
-    patient = np.array([str(p) for p in found.patient[test]])
-    if split.kind != splits[0]["kind"] or set(patient) != set(splits[0]["test"]):
+    if split.kind != splits[0]["kind"] or set(found.patient[split.test]) != set(splits[0]["test"]):
         raise ValueError(f"data: {data} is not split as {runs[0]} was; give the data it trained on")
-    if split.kind == "blocks":
-        block = np.cumsum(np.diff(test, prepend=test[0] - 1) > 1)
-        patient = np.array([f"{p} block {b}" for p, b in zip(patient, block, strict=True)])
-    draw = np.random.default_rng(seed)
-    shuffled = draw.permutation(len(test))
-    turn = pd.Series(shuffled).groupby(patient[shuffled]).cumcount().to_numpy()
-    picked = shuffled[np.argsort(turn, kind="stable")][:frames]
-    chosen = test[picked]
-    return Sample(
-        found.images(found.rows[chosen, 0]),
-        found.pose1[chosen],
-        found.scan[chosen],
-        found.frame[chosen, 0],
-        patient[picked],
-        found.images(found.rows[np.sort(draw.choice(split.train, 128)), 0]),
-        Path(data),
-        split.kind,
-    )
+    return draw(found, split.test, split, frames, seed)
 
 
 def nearest(sample: Sample, count: int) -> list[int]:
@@ -106,91 +122,122 @@ def nearest(sample: Sample, count: int) -> list[int]:
 
 
 class Truth(NamedTuple):
-    """What the phantom knows of N frames: `labels` uint8 [N, S, S], `structures` by label - 1, and
-    which pixels are `visible`, not shadowed; `whole` uint8 [N, 1, S, S]; `without`: structure ->
-    (frames [K], images without it)."""
+    """What the phantom knows of N frames: `labels` uint8 [N, S, S], `structures` by label - 1,
+    which pixels are `visible`, not shadowed, `pose` [N, 6] and `phase` [N] of the cycle as they
+    were rendered, and the phantom's `arguments`."""
 
     labels: Tensor
     visible: Tensor
+    pose: Tensor
+    phase: Tensor
     structures: tuple[str, ...]
-    whole: Tensor
-    without: dict[str, tuple[NDArray, Tensor]]
+    arguments: dict
+
+    def take(self, rows: slice | Sequence[int]) -> "Truth":
+        """The truth of fewer frames."""
+        return Truth(*(field[rows] for field in self[:4]), *self[4:])
 
 
-def _card(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
-    """Arguments and structures of a phantom; None for other data."""
-    if not (folder / "phantom.json").is_file():
+def truth(sample: Sample) -> Truth | None:
+    """The `Truth` of a sample; None where the data have none (a real scan).
+
+    Raises ValueError where the phantom no longer renders the frames that are in the folder.
+    """
+    if not (sample.folder / "phantom.json").is_file():
         return None
-    card = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))
-    return card["arguments"], tuple(card["structures"])
+    card = json.loads((sample.folder / "phantom.json").read_text(encoding="utf-8"))
+    size = card["arguments"]["size"]
+    labels = torch.zeros(len(sample.images), size, size, dtype=torch.uint8)
+    visible = torch.zeros_like(labels, dtype=torch.bool)
+    pose = torch.zeros(len(labels), 6, dtype=torch.float64)
+    phase = torch.zeros(len(labels), dtype=torch.float64)
+    for scan in np.unique(sample.scan):
+        where = np.flatnonzero(sample.scan == scan)
+        with np.load(sample.folder / scan / "truth.npz") as stored:
+            rows = pd.Index(stored["frames"]).get_indexer(sample.frame[where])
+            for field, name in ((labels, "labels"), (visible, "visible"), (pose, "pose")):
+                field[where] = torch.from_numpy(stored[name][rows]).to(field)
+            phase[where] = torch.from_numpy(stored["phase"][rows]).double()
+    known = Truth(labels, visible, pose, phase, tuple(card["structures"]), card["arguments"])
+    few = slice(4)
+    again = rerender(sample.take(few), known.take(few))
+    difference = (again.float() - sample.images[few].float()).abs().mean()
+    if difference > 2:
+        raise ValueError(
+            f"{sample.folder}: the phantom renders other frames now (mean difference "
+            f"{difference:.1f} grey levels); generate the folder anew"
+        )
+    return known
 
 
-def _render(arguments: dict, scan: str, pose, phase, without: str | None, size: int) -> Tensor:
+@lru_cache(256)
+def _patient(seed: int, scan: str) -> phantom.Patient:
+    return phantom.Patient([seed, int(scan.rsplit("_", 1)[1])])
+
+
+def _render(arguments: dict, scan: str, pose: Tensor, phase, size: int, **change) -> Tensor:
     """Frames uint8 [K, 1, S, S] of a scan's patient, reduced to `size` where they were larger."""
-    patient = phantom.Patient([arguments["seed"], int(scan.rsplit("_", 1)[1])])
     image = phantom.render(
-        patient, pose, phase, without, arguments["target"], arguments["size"]
-    ).image[:, None]
+        _patient(arguments["seed"], scan), pose, phase,
+        target=arguments["target"], size=arguments["size"], **change,
+    ).image[:, None]  # fmt: skip
     if image.shape[-1] == size:
         return image
     soft = F.interpolate(image.float(), (size, size), mode="bilinear", antialias=True)
     return soft.round().clamp(0, 255).to(torch.uint8)
 
 
-def truth(sample: Sample, least: float = 0.005, progress: str | None = None) -> Truth | None:
-    """The `Truth` of a sample: each structure that fills `least` of the sector removed in turn.
+def rerender(
+    sample: Sample,
+    known: Truth,
+    without: str | Collection[str] | None = None,
+    vary: Mapping[str, float | str] | None = None,
+) -> Tensor:
+    """The sample's frames uint8 [N, 1, S, S] again, `without` structures or with factors of
+    variation changed; arguments as `dreamer.phantom.render`."""
+    images = torch.empty_like(sample.images)
+    for scan in np.unique(sample.scan):
+        rows = np.flatnonzero(sample.scan == scan)
+        images[rows] = _render(
+            known.arguments, scan, known.pose[rows], known.phase[rows], images.shape[-1],
+            without=without, vary=vary,
+        )  # fmt: skip
+    return images
 
-    None where the data have no truth (a real scan). Raises ValueError where the phantom no longer
-    renders the frames that are in the folder.
+
+class Removed(NamedTuple):
+    """Frames rendered again: `whole` uint8 [N, 1, S, S], and `without`: structure -> (numbers of K
+    frames that show it, those frames without it)."""
+
+    whole: Tensor
+    without: dict[str, tuple[NDArray[np.int64], Tensor]]
+
+
+def remove(sample: Sample, known: Truth, least: float = 0.005) -> Removed:
+    """The sample's frames without each structure that fills `least` of the sector, in turn.
+
+    A structure that is the background of the others cannot be removed and is left out.
     """
-    if (card := _card(sample.folder)) is None:
-        return None
-    arguments, names = card
-    size = sample.images.shape[-1]
-    whole = torch.zeros_like(sample.images)
-    labels = torch.zeros(len(whole), arguments["size"], arguments["size"], dtype=torch.uint8)
-    visible = torch.zeros_like(labels, dtype=torch.bool)
-    removed: dict[str, list[tuple[NDArray, Tensor]]] = {name: [] for name in names}
-    scans = np.unique(sample.scan)
-    for scan in tqdm(scans, progress, leave=False, disable=progress is None):
-        where = np.flatnonzero(sample.scan == scan)
-        with np.load(sample.folder / scan / "truth.npz") as known:
-            rows = pd.Index(known["frames"]).get_indexer(sample.frame[where])
-            pose, phase = (torch.from_numpy(known[k][rows]) for k in ("pose", "phase"))
-            labels[where] = torch.from_numpy(known["labels"][rows])
-            visible[where] = torch.from_numpy(known["visible"][rows])
-        whole[where] = _render(arguments, scan, pose, phase, None, size)
-        for number, name in enumerate(names, 1):
-            area = (labels[where] == number).sum((1, 2)) / (labels[where] > 0).sum((1, 2))
-            there = np.flatnonzero(area >= least)
-            if len(there):
-                images = _render(arguments, scan, pose[there], phase[there], name, size)
-                removed[name].append((where[there], images))
-    difference = (whole.float() - sample.images.float()).abs().mean()
-    if difference > 2:
-        raise ValueError(
-            f"{sample.folder}: the phantom renders other frames now (mean difference "
-            f"{difference:.1f} grey levels); generate the folder anew"
-        )
-    without = {}
-    for name, parts in removed.items():
-        if parts:
-            rows = np.concatenate([r for r, _ in parts])
-            images = torch.cat([i for _, i in parts])
-            if not torch.equal(images, whole[rows]):  # tissue between all others cannot be removed
-                without[name] = rows, images
-    return Truth(labels, visible, names, whole, without)
+    found, whole = {}, rerender(sample, known)
+    sector = (known.labels > 0).sum((1, 2))
+    for number, name in enumerate(known.structures, 1):
+        area = (known.labels == number).sum((1, 2)) / sector
+        if len(there := np.flatnonzero(area >= least)):
+            images = rerender(sample.take(there), known.take(there), name)
+            if not torch.equal(images, whole[there]):
+                found[name] = there, images
+    return Removed(whole, found)
 
 
 def sweep(sample: Sample, axis: str, offsets: Sequence[float], number: int = 0) -> Tensor | None:
     """Frames uint8 [K, 1, S, S] of one of the sample's patients, the probe `offsets` (mm or deg)
     from the target plane along one axis; None where the data are not a phantom's."""
-    if (card := _card(sample.folder)) is None:
+    if (known := truth(sample.take(slice(1)))) is None:
         return None
     pose = torch.zeros(len(offsets), 6)
     pose[:, poses.AXES.index(axis)] = torch.tensor(list(offsets), dtype=torch.float32)
     scan = np.unique(sample.scan)[number]
-    return _render(card[0], scan, pose, 0.0, None, sample.images.shape[-1])
+    return _render(known.arguments, scan, pose, 0.0, sample.images.shape[-1])
 
 
 class Anatomy(NamedTuple):
@@ -202,37 +249,106 @@ class Anatomy(NamedTuple):
     filled: Tensor
     dose: Tensor
 
-    def take(self, rows: slice | Sequence[int]) -> "Anatomy":
-        """The anatomy of fewer frames."""
-        return Anatomy(self.structures, self.filled[rows], self.dose[rows])
+
+def filled(known: Truth, grid: tuple[int, int]) -> Tensor:
+    """The share of each cell's pixels [N, structures, h, w] that a structure visibly fills."""
+    shown, numbers = known.labels * known.visible, range(1, len(known.structures) + 1)
+    shares = [F.adaptive_avg_pool2d((shown == i).float(), grid) for i in numbers]
+    return torch.stack(shares, 1)
 
 
-def anatomy(known: Truth, grid: tuple[int, int]) -> Anatomy:
-    """The `Anatomy` of a truth's frames on a grid (h, w)."""
-    names, numbers = known.structures, range(1, len(known.structures) + 1)
-    shown = known.labels * known.visible
-    filled = [F.adaptive_avg_pool2d((shown == i).float(), grid) for i in numbers]
-    dose = torch.full((len(shown), len(names), *grid), torch.nan)
-    for name, (where, images) in known.without.items():
-        change = (images.float() - known.whole[where].float()).abs()
+def anatomy(known: Truth, removed: Removed, grid: tuple[int, int]) -> Anatomy:
+    """The `Anatomy` of frames on a grid (h, w)."""
+    names = known.structures
+    dose = torch.full((len(known.labels), len(names), *grid), torch.nan)
+    for name, (where, images) in removed.without.items():
+        change = (images.float() - removed.whole[where].float()).abs()
         dose[where, names.index(name)] = F.adaptive_avg_pool2d(change, grid)[:, 0]
-    return Anatomy(names, torch.stack(filled, 1), dose)
+    return Anatomy(names, filled(known, grid), dose)
 
 
 @torch.no_grad()
-def changes(model: CardiacDreamer, known: Truth, target: str) -> Tensor:
-    """f(frame) - f(frame without the structure) [N, structures], mm or deg; NaN where absent."""
+def predict(model: CardiacDreamer, images: Tensor) -> Tensor:
+    """Single-frame predictions [N, 6] of frames uint8 [N, 1, S, S], on the CPU."""
+    parts = encode(model, images).split(frames_at_once(model))
+    return torch.cat([model.imagine(p, p.new_zeros(len(p), 6)).pose.cpu() for p in parts])
 
-    def predict(images: Tensor) -> Tensor:
-        parts = encode(model, images).split(frames_at_once(model))
-        pose = [model.imagine(part, part.new_zeros(len(part), 6)).pose.cpu() for part in parts]
-        return pose_target(torch.cat(pose), target)
 
-    whole = predict(known.whole)
-    moved = torch.full((len(whole), len(known.structures)), torch.nan)
-    for name, (where, images) in known.without.items():
-        moved[where, known.structures.index(name)] = whole[where] - predict(images)
+def changes(
+    model: CardiacDreamer, removed: Removed, structures: Sequence[str], targets: Sequence[str]
+) -> Tensor:
+    """f(frame) - f(frame without the structure) [targets, N, structures], mm or deg; NaN where a
+    structure was not removed."""
+    whole = predict(model, removed.whole)
+    moved = torch.full((len(targets), len(whole), len(structures)), torch.nan)
+    for name, (where, images) in removed.without.items():
+        gone = predict(model, images)
+        for k, target in enumerate(targets):
+            change = pose_target(whole[where], target) - pose_target(gone, target)
+            moved[k, where, list(structures).index(name)] = change
     return moved
+
+
+def group_shares(known: Truth, grid: tuple[int, int]) -> Tensor:
+    """Share of each cell [N, groups, h, w] that each of GROUPS fills; the sum over groups is 1.
+
+    `shadow` is what lies behind a rib, lung or lost contact; `outside` is not in the sector.
+    """
+    names = {"ribs": "ribs", "chest_wall": "chest wall", "lung": "lung"}
+    other = dict.fromkeys(NOT_HEART, "other tissue")
+    group = [(other | names).get(name, "heart") for name in known.structures]
+    number = torch.tensor([GROUPS.index("outside"), *map(GROUPS.index, group)])
+    label = number[known.labels.long()]
+    hidden = (known.labels > 0) & ~known.visible
+    label = torch.where(hidden, GROUPS.index("shadow"), label)
+    shares = [F.adaptive_avg_pool2d((label == k).float(), grid) for k in range(len(GROUPS))]
+    return torch.stack(shares, 1)
+
+
+def relevance(grid: Tensor, shares: Tensor) -> Tensor:
+    """Share of a map's magnitude on each group or structure over its share of the frame's area
+    [N, groups], for maps [N, h, w] and `shares` [N, groups, h, w]: 1 for an even map, NaN where
+    there is nothing of it."""
+    size = grid.detach().abs()[:, None].to(shares)
+    on = (size * shares).sum((2, 3)) / size.sum((2, 3)).clamp_min(1e-12)
+    area = shares.mean((2, 3))
+    return torch.where(area > 0, on / area.clamp_min(1e-12), torch.nan)
+
+
+# The target plane's coordinates
+
+
+def plane_bins(pose: Tensor, size: int, inside: Tensor) -> Tensor:
+    """Which bin of the target plane each pixel shows: [N, size, size], row * BINS + column, or -1
+    where it lies outside the sector (`inside` [N, size, size]) or over REACH mm off the plane.
+
+    Bins are BINS x BINS of the square from the target probe's apex down to DEPTH, centred; rows
+    go down, columns to the right of the target image. `pose` [N, 6] is known, mm and degrees.
+    """
+    row, column = torch.meshgrid(*[torch.arange(size, dtype=torch.float32)] * 2, indexing="ij")
+    x, z = pixel_to_probe(row, column, size)
+    points = torch.stack((x, torch.zeros_like(x), z, torch.ones_like(x)))  # [4, size, size]
+    x, y, z, _ = torch.einsum("nij,jrc->inrc", poses.to_matrix(pose.float()), points)
+    across, down = ((v / DEPTH * BINS).floor().long() for v in (x + DEPTH / 2, z))
+    there = inside & (y.abs() <= REACH)
+    for v in (across, down):
+        there = there & (v >= 0) & (v < BINS)
+    return torch.where(there, down * BINS + across, -1)
+
+
+def average_map(grid: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of maps [N, h, w], each relative to its mean magnitude, in each of the target plane's
+    bins [BINS, BINS] (NaN where nothing was seen), and the number of frames that saw it."""
+    size = grid.detach().abs().float().cpu()
+    even = size / size.mean((1, 2), keepdim=True).clamp_min(1e-12)
+    pixels = F.interpolate(even[:, None], bins.shape[1:], mode="nearest")[:, 0]
+    total, count = torch.zeros(2, len(grid), BINS**2 + 1)
+    where = bins.flatten(1) % (BINS**2 + 1)  # -1 becomes the last
+    total.scatter_add_(1, where, pixels.flatten(1))
+    count.scatter_add_(1, where, torch.ones_like(pixels).flatten(1))
+    seen = (count > 0)[:, :-1]
+    mean = (total[:, :-1] / count[:, :-1].clamp_min(1)).sum(0) / seen.sum(0)
+    return mean.view(BINS, BINS), seen.sum(0).view(BINS, BINS)
 
 
 # Scores of maps
@@ -258,65 +374,33 @@ def partial_rank(one: ArrayLike, other: ArrayLike, given: ArrayLike, least: int 
 
 
 def against_truth(grid: Tensor, known: Anatomy, moved: Tensor) -> dict[str, NDArray]:
-    """How maps [N, h, w] agree with the anatomy and with `moved` [N, structures], see `changes`.
+    """How maps [N, h, w] agree with the anatomy and with `moved` [N, structures], how far the
+    prediction moves without each structure (NaN where it was not removed).
 
     Arrays [N], NaN where a frame cannot tell:
 
-    - mass: share of the map's magnitude on the heart over the heart's share of the visible area.
-    - rank: of as many top cells as are mostly heart, the share that are.
     - pointing: whether the top cell is mostly heart.
     - decisive: whether it contains part of the structure that changes the prediction most (ribs
       excluded, because of their shadow).
-    - counterfactual: over a frame's structures, `partial_rank` of sum(|map| · dose) and |change of
-      the prediction|, given sum(dose). Without the last a random map scores well, since a larger
-      change of the image means more of any map and more change of the prediction. Magnitudes,
-      because sums of signed values cancel the more cells there are; an even map scores 0.
+    - counterfactual_rank: over a frame's structures, `partial_rank` of sum(|map| · dose) and
+      |change of the prediction|, given sum(dose). Without the last a random map scores well, since
+      a larger change of the image means more of any map and more change of the prediction.
+      Magnitudes, because sums of signed values cancel the more cells there are; an even map: 0.
     """
     structures, filled, dose = known
-    size = grid.abs()[:, None] * (filled.sum(1, keepdim=True) > 0)
-    on = (size * filled).sum((2, 3))  # [N, structures]
-    area, heart = filled.sum((2, 3)), [name not in NOT_HEART for name in structures]
+    heart = [name not in NOT_HEART for name in structures]
     cells = filled[:, heart].sum(1) > filled[:, [not h for h in heart]].sum(1)  # mostly heart
-    order = size.flatten(1).argsort(1, descending=True)
-    hits = cells.flatten(1).gather(1, order)
-    count = cells.sum((1, 2))
-    among = torch.arange(hits.shape[1]) < count[:, None]
+    top = grid.abs().flatten(1).argmax(1)[:, None]
     effect = moved.abs()
     usable = [k for k, name in enumerate(structures) if name != "ribs"]
     best = effect[:, usable].nan_to_num(-1).argmax(1)
-    there = filled[:, usable][torch.arange(len(grid)), best].flatten(1).gather(1, order[:, :1])
-    share = on[:, heart].sum(1) / on.sum(1)
+    there = filled[:, usable][torch.arange(len(grid)), best].flatten(1).gather(1, top)[:, 0]
     flat = torch.where(grid.flatten(1).std(1) > 0, 0.0, torch.nan)  # a flat map has no top cell
-    seen = torch.where(count > 0, 0.0, torch.nan)  # no heart in the frame
+    seen = torch.where(cells.any(2).any(1), 0.0, torch.nan)  # no heart in the frame
     effective = torch.where(effect[:, usable].isfinite().any(1), 0.0, torch.nan)
     weight = (grid.abs()[:, None] * dose).sum((2, 3))
     return {
-        "mass": (share / (area[:, heart].sum(1) / area.sum(1)) + seen).numpy(),
-        "rank": ((hits & among).sum(1) / count + flat).numpy(),
-        "pointing": (hits[:, 0] + flat + seen).numpy(),
-        "decisive": ((there[:, 0] > 0.05) + flat + effective).numpy(),
-        "counterfactual": partial_rank(weight, effect, dose.sum((2, 3))),
+        "pointing": (cells.flatten(1).gather(1, top)[:, 0] + flat + seen).numpy(),
+        "decisive": ((there > 0.05) + flat + effective).numpy(),
+        "counterfactual_rank": partial_rank(weight, effect, dose.sum((2, 3))),
     }
-
-
-def by_structure(grid: Tensor, known: Anatomy, patient: NDArray, moved: Tensor) -> pd.DataFrame:
-    """Relevance and effect of each visible structure: patient, frame, structure, measure, value.
-
-    relevance: the map's share over the area's share, 1 for an even map. effect: |change of the
-    prediction| in its unit per grey level of change, averaged over the image.
-    """
-    structures, filled, dose = known
-    on, area = (grid.abs()[:, None] * filled).sum((2, 3)), filled.sum((2, 3))
-    share = area / area.sum(1, keepdim=True).clamp_min(1e-9)
-    values = {
-        "relevance": on / on.sum(1, keepdim=True) / share,
-        "effect": moved.abs() / (dose.sum((2, 3)) / grid[0].numel()),
-    }
-    frame, number = np.nonzero((share > 0.005).numpy())
-    names = {"patient": patient[frame], "frame": frame, "structure": np.array(structures)[number]}
-    parts = [
-        pd.DataFrame({**names, "measure": measure, "value": value[frame, number].numpy()})
-        for measure, value in values.items()
-    ]
-    table = pd.concat(parts, ignore_index=True)
-    return table[np.isfinite(table["value"])]

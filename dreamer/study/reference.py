@@ -20,7 +20,7 @@ from dreamer.data import Split, Transitions
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.phantom import generate
 from dreamer.runs import TrainingConfig, configure, has_bf16, load_config, make_split, versions
-from dreamer.study import accuracy, cost, results
+from dreamer.study import accuracy, cost, maps, results
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +181,19 @@ def measure_convergence(run: str | Path) -> pd.DataFrame:
     return table.assign(patient="")
 
 
+def measure_maps(bench: Bench) -> pd.DataFrame:
+    """Attention and attribution maps on the test patients, see `dreamer.study.maps`."""
+    everything = np.arange(len(bench.test))
+    drawn = np.random.default_rng(0).choice(bench.split.train, 128)
+    training = bench.train.images(bench.train.rows[np.sort(drawn), 0])
+    none = np.array([], dtype=int)
+    split = Split(everything, none, everything, "patient")
+    return maps.measure(bench.model, bench.test, everything, split, training=training)
+
+
 MEASURED: dict[str, Callable[[Bench], pd.DataFrame]] = {
     "accuracy": lambda b: accuracy.measure(b.model, b.train, b.split, b.test),
     "convergence": lambda b: measure_convergence(b.run),
+    "maps": measure_maps,
 }
 NEEDS_TOKENS: set[str] = set()  # families that a run without transformer lacks
