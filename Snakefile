@@ -128,15 +128,11 @@ TRAINED = [
 ]
 
 
-def state_of_code() -> str:
-    """Digest of all code that trains: runs are compared only where they share it."""
-    core = (
-        "files", "poses", "images", "records", "data", "tokens", "options", "model", "runs",
-        "training",
-    )
+def state_of_code(*modules) -> str:
+    """Digest of the code of modules and packages of `dreamer`."""
     folder = Path(dreamer.pipeline.__file__).parent
-    files = [folder / f"{name}.py" for name in core] + sorted((folder / "phantom").glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    files = [f for m in modules for f in (folder / f"{m}.py", *sorted((folder / m).glob("*.py")))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:16]
 
 
 def state_of_data() -> str:
@@ -149,7 +145,11 @@ def state_of_data() -> str:
     return digest.hexdigest()[:16]
 
 
-CODE = state_of_code()
+# Runs are compared only where they share all code that trains.
+CODE = state_of_code(
+    "files", "poses", "images", "records", "data", "tokens", "options", "model", "runs", "training",
+    "phantom",
+)
 STATE = f"{CODE}-{state_of_data()}"
 
 
@@ -227,7 +227,8 @@ if not OWN_DATA:
             DATA_READY[0],
         params:
             draw=f"from dreamer.phantom import generate; generate({DATA!r}, patients={patients}, "
-            f"frames={frames}, size={size}, target={PLANE!r}, seed=0)",
+            f"frames={frames}, size={size}, target={PLANE!r}, seed=0, redraw=True)",
+            code=state_of_code("phantom"),  # other code draws anew
         threads: 8
         shell:
             f"{shlex.quote(sys.executable)} -c {{params.draw:q}} && date > {{output[0]:q}}"

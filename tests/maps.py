@@ -48,7 +48,7 @@ def tiny(**fields):
     )  # fmt: skip
     net = CardiacDreamer(config).eval()
     with torch.no_grad():  # attention that is far from even
-        for block in net.world.blocks:
+        for block in net.world.blocks if net.world is not None else ():
             block.attention.qkv.weight.mul_(4)
     return net
 

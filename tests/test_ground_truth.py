@@ -193,13 +193,6 @@ def test_data_without_truth_are_no_error(phantom, tmp_path):
     assert truth.truth(sample) is None and truth.sweep(sample, "x", [0, 1]) is None
 
 
-def test_a_phantom_that_draws_other_frames_is_refused(phantom):
-    run, data, *_ = phantom
-    sample = truth.unseen([run], data, 2)
-    with pytest.raises(ValueError, match=r"renders other frames now .* generate the folder anew"):
-        truth.truth(sample._replace(images=255 - sample.images))
-
-
 def test_runs_that_do_not_belong_together_are_refused(phantom, tmp_path):
     run, data, _, parts = phantom
     for name in ("config.json", "split.json"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from phantom_checklist import failures
 from PIL import Image
 from scipy import ndimage
 
@@ -22,11 +24,12 @@ from dreamer.phantom import (
     TARGETS,
     Patient,
     generate,
+    read_card,
     render,
     speckle_ratio,
     trajectories,
 )
-from dreamer.phantom.checklist import failures
+from dreamer.phantom.generate import DRAWS
 from dreamer.phantom.patient import ANATOMY
 from dreamer.phantom.render import TISSUE
 from dreamer.phantom.sector import GRID, inside, pixel_to_probe, probe_to_pixel, sector
@@ -119,7 +122,7 @@ def test_target_planes_show_what_a_standard_view_must_show(target):
 
 def test_a_plane_off_its_landmarks_fails_the_checklist(monkeypatch):
     """Fanned towards the aorta: a five-chamber view is no four-chamber view."""
-    monkeypatch.setattr("dreamer.phantom.checklist.PHASES", (0.0,))
+    monkeypatch.setattr("phantom_checklist.PHASES", (0.0,))
     patient = Patient((22, 0))
     place = patient.place("a4c") @ poses.to_matrix(torch.tensor([0, 0, 0, 14.0, 0, 0]).double())
     monkeypatch.setattr(patient, "place", lambda target: place)
@@ -473,7 +476,7 @@ def test_the_layout_is_the_published_one(made):
     assert records[0]["frame_t2"] == records[1]["frame_t1"]
     card = json.loads((made / "phantom.json").read_text())
     assert card["arguments"] == SMALL | {"target": "a4c", "seed": 0}
-    assert card["structures"] == list(STRUCTURES)
+    assert card["structures"] == list(STRUCTURES) and len(card["code"]) == 16
 
 
 def test_the_truth_lies_beside_the_pictures(made):
@@ -545,6 +548,28 @@ def test_it_refuses_a_folder_that_is_not_its_own(made, tmp_path):
     with pytest.raises(ValueError, match="card"):
         generate(tmp_path / "card", **SMALL)
     assert os.listdir(tmp_path / "card") == ["phantom.json"]
+
+
+def test_a_folder_drawn_by_other_code_is_refused_or_redrawn(made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "made")
+    card = json.loads((folder / "phantom.json").read_text())
+    (folder / "phantom.json").write_text(json.dumps(card | {"code": "before"}))
+    (folder / "patient_0001" / "truth.npz").write_bytes(b"of other code")
+    for call in (lambda: generate(folder, **SMALL), lambda: read_card(folder)):
+        with pytest.raises(ValueError, match=rf"{folder} was drawn by other code.*redraw=True"):
+            call()
+    (folder / "notes.txt").write_text("three years of work")
+    with pytest.raises(ValueError, match=r"something else \(notes.txt\)"):
+        generate(folder, **SMALL, redraw=True)
+    (folder / "notes.txt").unlink()
+    generate(folder, **SMALL, device="cpu", redraw=True)
+    assert contents(folder) == contents(made) and read_card(folder) == card
+    assert read_card(tmp_path) is None, "recorded scans have no card"
+
+
+def test_the_digest_covers_all_code_that_shapes_frames():
+    package = TREE / "dreamer" / "phantom"
+    assert {file.stem for file in package.glob("*.py")} - {"__init__", "generate"} == set(DRAWS)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ PLAN = {
     "preset": "smoke",
     "seeds": [1],
     "data": {"patients": 8, "frames": 6, "seed": 0},
-    "test": {"patients": 3, "frames": 4, "seed": 7},
+    "test": {"patients": 3, "frames": 12, "seed": 7},
+    "searches": 2,
+    "varied": 2,
     "claims": [],
 }
 

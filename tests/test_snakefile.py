@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -148,6 +149,25 @@ def test_another_plane_has_its_own_data_and_runs(finished):
     assert '"starts"' not in result.stdout + result.stderr  # no notebook here takes it
     planes = re.search(r"^PLANES = (.*)$", (finished / "Snakefile").read_text(), re.M)[1]
     assert ast.literal_eval(planes) == tuple(TARGETS)
+
+
+def test_a_changed_phantom_is_drawn_anew(root, tmp_path):
+    """The folder of the smoke preset, its own patients only."""
+    rules = (root / "Snakefile").read_text()
+    (tmp_path / "Snakefile").write_text(rules)
+    shutil.copytree(root / "notebooks", tmp_path / "notebooks")
+    command = [word for word in COMMAND if not word.startswith("data=")] + ["--until", "phantom"]
+    draw = partial(subprocess.run, command, cwd=tmp_path, capture_output=True, text=True)
+    assert jobs(draw()) == ["phantom"]
+    folder = tmp_path / "data" / "phantom" / "8x6-64px"
+    card = json.loads((folder / "phantom.json").read_text())
+    (folder / "phantom.json").write_text(json.dumps(card | {"code": "before"}))
+    (folder / "patient_0003" / "truth.npz").write_bytes(b"of other code")
+    (tmp_path / "Snakefile").write_text(rules.replace('code=state_of_code("phantom")', "code='x'"))
+    assert jobs(draw()) == ["phantom"]
+    assert json.loads((folder / "phantom.json").read_text()) == card
+    assert (folder / "patient_0003" / "truth.npz").stat().st_size > 1000
+    assert jobs(draw()) == []
 
 
 def test_own_data_sizes_seeds_and_folds(project):

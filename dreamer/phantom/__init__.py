@@ -1,7 +1,7 @@
 """Virtual patients with a beating heart, a tracked probe and known anatomy."""
 
 from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS
-from dreamer.phantom.generate import alone, crew, generate
+from dreamer.phantom.generate import alone, crew, generate, read_card
 from dreamer.phantom.patient import Factors, Patient
 from dreamer.phantom.render import Frames, render, speckle_ratio
 
@@ -15,6 +15,7 @@ __all__ = [
     "alone",
     "crew",
     "generate",
+    "read_card",
     "render",
     "speckle_ratio",
 ]

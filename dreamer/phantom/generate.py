@@ -1,6 +1,7 @@
 """Write a folder of virtual patients in the transitions layout, with the truth beside it.
 
-<folder>/phantom.json               the arguments, structure names, format version
+<folder>/phantom.json               the arguments, structure names, format version, digest of the
+                                    code that drew it
 <folder>/patient_0007/transitions_dataset.json, ft1/*.png, ft2/*.png     as published, and
                      /truth.npz     of every frame: labels (1 + index in the card's structures, 0
                                     outside the sector), visible (False where shadowed),
@@ -8,6 +9,7 @@
 A patient's folder appears whole or not at all, and its bytes depend on the arguments alone.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dreamer.files import write_whole
 from dreamer.phantom import trajectories
 from dreamer.phantom.anatomy import STRUCTURES
 from dreamer.phantom.patient import REST, Factors, Patient
@@ -30,7 +33,8 @@ from dreamer.phantom.render import check, render
 from dreamer.phantom.sector import sector
 
 FORMAT = 2
-SCRAP = (".partial", ".tmp")  # endings of what an interrupted run leaves
+DRAWS = ("anatomy", "patient", "render", "sector", "trajectories")  # modules that shape the frames
+SCRAP = (".partial", ".part")  # endings of what an interrupted run leaves
 
 
 @contextmanager
@@ -68,6 +72,7 @@ def generate(
     device: str | torch.device | None = None,
     threads: int | None = None,
     vary: Mapping[str, float | str] | None = None,
+    redraw: bool = False,
 ) -> Path:
     """Write `patients` virtual patients with `frames` transitions each; returns the folder.
 
@@ -81,9 +86,12 @@ def generate(
             of device, whatever `threads` is.
         vary: factors of variation by name, as shifts from each patient's own draw (`Factors`):
             `{"gain": 6}` gives the same patients, poses and phases 6 dB brighter.
+        redraw: delete the patients in a folder with the same arguments that other code drew, and
+            draw them anew.
 
     Raises:
-        ValueError: bad arguments, or a folder that holds anything else or was begun with others.
+        ValueError: bad arguments, or a folder that holds anything else, was begun with other
+            arguments, or was drawn by other code.
         OSError: too little disk.
     """
     arguments = {
@@ -106,7 +114,7 @@ def generate(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     threads = threads or (min(os.cpu_count() or 1, 16) if device.type == "cpu" else 2)
     folder = Path(folder)
-    todo = _begin(folder, arguments)
+    todo = _begin(folder, arguments, redraw)
     needed = 3 * size**2 * frames * len(todo)  # frames twice and truth, as measured at 112 px
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(
@@ -131,40 +139,71 @@ def _name(number: int) -> str:
     return f"patient_{number:04d}"
 
 
-def _begin(folder: Path, arguments: dict) -> list[int]:
+def code_digest() -> str:
+    """Digest of the code that shapes the frames."""
+    texts = [Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in DRAWS]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+
+def read_card(folder: str | Path, own: bool = True) -> dict | None:
+    """What `phantom.json` records of a folder; None where there is none (recorded scans).
+
+    Raises ValueError where the file is no phantom's card or, with `own`, where other code drew the
+    folder: what is rendered now would not belong to its frames.
+    """
+    file = Path(folder, "phantom.json")
+    if not file.is_file():
+        return None
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        card["arguments"]["seed"], card["structures"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not a phantom's card; give another folder") from None
+    if own and not _is_current(card):
+        raise ValueError(
+            f"{folder} was drawn by other code than this phantom's; delete the folder and generate "
+            "it anew, or generate it with redraw=True (then train anew, too)"
+        )
+    return card
+
+
+def _is_current(card: dict) -> bool:
+    return (card.get("format"), card.get("code")) == (FORMAT, code_digest())
+
+
+def _begin(folder: Path, arguments: dict, redraw: bool) -> list[int]:
     """Claim the folder, or find in it what an interrupted run left to do. Returns the numbers."""
-    record = {"format": FORMAT, "arguments": arguments, "structures": list(STRUCTURES)}
     names = {_name(n) for n in range(arguments["patients"])}
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give another folder")
-    card = folder / "phantom.json"
+    file = folder / "phantom.json"
     present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     scrap = [n for n in present if n.startswith(".") and n.endswith(SCRAP)]
-    other = [n for n in present if n not in names and n not in scrap and n != card.name]
-    if card.exists():
-        try:
-            found = json.loads(card.read_text(encoding="utf-8"))
-            found = {key: found[key] for key in record}
-            every = arguments | found["arguments"]
-            differ = [k for k in every if found["arguments"].get(k) != arguments.get(k)]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{card} is not a phantom's card; give another folder") from None
-        if found != record:
-            given = ", ".join(f"{k} {found['arguments'].get(k)}" for k in differ) or "format"
+    other = [n for n in present if n not in names and n not in scrap and n != file.name]
+    if card := read_card(folder, own=False):
+        found = card["arguments"]
+        differ = [k for k in arguments | found if found.get(k) != arguments.get(k)]
+        if differ:
+            given = ", ".join(f"{k} {found.get(k)}" for k in differ)
             raise ValueError(
                 f"{folder} was made with other arguments ({given}); delete it or use a new folder"
             )
-    if other or (present and not card.exists() and len(present) > len(scrap)):
+    if other or (present and not card and len(present) > len(scrap)):
         what = (other or present)[0]
         raise ValueError(f"{folder} holds something else ({what}); give an empty or new folder")
+    if not redraw:
+        read_card(folder)
+    elif card and not _is_current(card):
+        # The card goes last: a redraw that was interrupted is then taken up again.
+        scrap, present, card = sorted(present, key=file.name.__eq__), [], None
     folder.mkdir(parents=True, exist_ok=True)
     for name in scrap:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not card.exists():
-        scratch = folder / ".phantom.json.tmp"
-        scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, card)
+    if not card:
+        record = {"format": FORMAT, "code": code_digest(), "arguments": arguments}
+        text = json.dumps(record | {"structures": list(STRUCTURES)}, indent=1) + "\n"
+        write_whole(file, text.encode())
     return [n for n in range(arguments["patients"]) if _name(n) not in present]
 
 

@@ -22,6 +22,7 @@ from dreamer import poses
 from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS, Heart, Measures, Scene, unit
 from dreamer.phantom.sector import DEPTH
 
+FACE, STANDOFF = 9.0, 5.7  # mm: half the probe's face; a gap that the gel no longer fills
 REST = 68.0  # beats per minute, mean of the patients
 ANATOMY = {  # factors on the measures; dilated and hypertrophic as in the tables of Lang et al.
     "normal": {},
@@ -202,6 +203,14 @@ class Patient:
     def skin(self, x: Tensor, y: Tensor) -> Tensor:
         """Depth, mm, of the skin over a chest-frame point: a dome with a slight slope."""
         return (x * x + 1.4 * y * y) * (1 / 260) + 0.05 * x
+
+    def contact(self, pose: Tensor) -> Tensor:
+        """Share [...] of the probe's face that touches the skin at poses [..., 6]."""
+        matrix = poses.to_matrix(pose.double())
+        along = torch.linspace(-FACE, FACE, 19, dtype=torch.float64)
+        face = matrix[..., :3, 3:] + matrix[..., :3, :1] * along  # [..., 3, 19]
+        x, y, z = face.unbind(-2)
+        return (self.skin(x, y) - z + self.factors.contact < STANDOFF).double().mean(-1)
 
     def rib_distance(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """Distance, mm, to the nearer of the two ribs that bound the intercostal window."""

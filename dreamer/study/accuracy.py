@@ -160,14 +160,7 @@ def predict_mean_start(data: Transitions, split: Split, motion: str | None = Non
     return _starts(data, test, mean_pose(data.pose1[train]))
 
 
-def _frames(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
-    rows, pose, origin = data.singles(indices)
-    table = pd.DataFrame({"patient": _patients(data, origin, indices, split), "row": rows})
-    table[TRUE] = pose.numpy()
-    return table
-
-
-def _patients(
+def patients(
     data: Transitions, chosen: NDArray[np.int64], indices: NDArray[np.int64], split: Split
 ) -> NDArray[np.str_]:
     """Patients of the `chosen` of the transitions `indices`, or the blocks of time of one patient.
@@ -180,6 +173,13 @@ def _patients(
     starts = indices[np.diff(indices, prepend=indices[0] - 2) > 1]
     block = np.searchsorted(starts, chosen, side="right")
     return np.array([f"{p} block {b}" for p, b in zip(patient, block, strict=True)])
+
+
+def _frames(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:
+    rows, pose, origin = data.singles(indices)
+    table = pd.DataFrame({"patient": patients(data, origin, indices, split), "row": rows})
+    table[TRUE] = pose.numpy()
+    return table
 
 
 def _starts(data: Transitions, test: NDArray[np.int64], predicted: Tensor) -> pd.DataFrame:

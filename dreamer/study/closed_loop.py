@@ -1,16 +1,9 @@
-"""Closed loop: a model guides a probe over a virtual patient, step by step, to the target plane.
+"""Closed loop: a model guides a probe over a virtual patient, step by step, until it stops.
 
 Published scores judge single predictions on recorded frames. Here predictions are acted on: the
-hand has limits and errors, the heart beats, the patient breathes. A search takes all its steps,
-because nothing shows a sonographer that the plane is reached, and is scored where it ends.
-
-`Probes` is the environment, many probes stepped together (Gymnasium's vector interface, Towers et
-al., arXiv:2407.17032); `ProbeEnv` is one of them:
-
-    env = gymnasium.make("dreamer.study.closed_loop:dreamer/Probe-v0", size=112)
-    env = gymnasium.make_vec("dreamer.study.closed_loop:dreamer/Probe-v0", num_envs=8)
-
-The name alone suffices once this module is imported. Sources and assumptions:
+hand has limits and errors, the heart beats, the patient breathes, and nothing shows that the plane
+is reached: the policy itself must decide to stop. `dreamer.study.environment` is one such probe as
+a Gymnasium environment, registered as dreamer/Probe-v0 where Gymnasium is installed.
 
 - Planning: cross-entropy method (Rubinstein, Methodol Comput Appl Probab 1999;1:127).
 - Breathing: at rest most of the time, sin^4 (Lujan et al., Med Phys 1999;26:715, equation 1).
@@ -18,52 +11,38 @@ The name alone suffices once this module is imported. Sources and assumptions:
   patient, chest wall included: no heart slides behind the ribs.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import gymnasium
 import numpy as np
 import pandas as pd
 import roma
 import torch
-from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from dreamer import poses
-from dreamer.files import write_whole
+from dreamer import phantom, poses
 from dreamer.model import CardiacDreamer
-from dreamer.phantom import Patient, alone, crew, render
 from dreamer.phantom.render import check
 from dreamer.phantom.trajectories import SIDE, SPREAD, STEP
-from dreamer.runs import load_config, load_run
-from dreamer.study import stats
 
 TOLERANCES = (5, 10)  # mm, and degrees
-FACE, STANDOFF = 9.0, 5.7  # mm: half the probe's face; a gap that the gel no longer fills
 EDGE = torch.tensor([60.0, 60, 60, 179, 89, 179], dtype=torch.float64)  # of the workspace
 CAUDAL = torch.tensor([0.0, 0.6, -0.8], dtype=torch.float64)  # in the heart frame
-WINDOW = 12  # frames of the running average
-SIGHTED = ("follow", "average", "plan")
-CONTROLS = ("stay", "random", "mean pose", "oracle")
-POLICIES = (*SIGHTED, *CONTROLS)
-VERSION = 3  # of environment and policies: kept searches of other versions are not read
+MEMORY = 12  # frames that the filter averages
+POLICIES = ("follow", "filter", "plan")
+CONTROLS = ("oracle", "stay", "random", "mean pose")
 
 
 class NavigationConfig(BaseModel):
     """The hand and the patient. Unknown fields and values out of range are refused.
 
-    `limit_mm`, `limit_deg`: how far a hand moves in one of `steps`, each of `seconds`; `hand_mm`,
-    `hand_deg`: standard deviation of its error, per axis. Breathing is `breath_mm` deep and takes
+    `limit_mm`, `limit_deg`: how far a hand moves in one of at most `steps`, each of `seconds`;
+    `hand_mm`, `hand_deg`: standard deviation of its error, per axis. A policy whose next motion
+    would be below `hold_mm` and `hold_deg` stops. Breathing is `breath_mm` deep and takes
     `breath_seconds`. Starts are drawn as an operator's are, `spread` times as wide, at most
     `farthest_mm` and `farthest_deg` from the plane, and not within both `nearest_mm` and
     `nearest_deg`.
@@ -76,6 +55,8 @@ class NavigationConfig(BaseModel):
     limit_deg: float = Field(10.0, gt=0, le=90)
     hand_mm: float = Field(0.4, ge=0)
     hand_deg: float = Field(1.0, ge=0)
+    hold_mm: float = Field(1.5, ge=0)
+    hold_deg: float = Field(3.0, ge=0)
     breath_mm: float = Field(2.0, ge=0)
     breath_seconds: float = Field(4.0, gt=0)
     beats_per_minute: float = Field(66.0, ge=0)
@@ -95,32 +76,52 @@ class Person(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A search's start: `number` among those of a person, `pose` [6], and the `seed` of the phase
-    of heart and breathing and of the errors of the hand."""
+    """Where a search begins: `pose` [6] (mm, degrees), and the `seed` of the phases of heart and
+    breathing and of the errors of the hand."""
 
     person: Person
-    number: int
     pose: NDArray[np.float64]
     seed: int
 
 
+def unseen_patients(data: str | Path, count: int) -> tuple[list[Person], str]:
+    """`count` virtual patients that are in no data set, and the target plane of the phantom `data`
+    (apical four-chamber where `data` are recorded scans)."""
+    card = phantom.read_card(data)
+    arguments = card["arguments"] if card else {"seed": 0, "target": "a4c"}
+    seed = 1_000_000 + arguments["seed"]
+    return [Person(f"virtual_{n:04d}", (seed, n)) for n in range(count)], arguments["target"]
+
+
+def in_parts(function: Callable[..., Tensor], *tensors: Tensor, size: int = 16) -> Tensor:
+    """A function of batches, applied to `size` rows at a time: less memory, and faster on a CPU."""
+    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
 def away(pose: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance [...] in mm and angle [...] in degrees from poses [..., 6] to the target plane."""
+    """Distance [...] in mm and angle [...] in degrees of poses or motions [..., 6] from zero."""
     error = poses.errors(pose, torch.zeros_like(pose))
     return error.translation, error.rotation
 
 
-def limited(motion: Tensor, mm: float, deg: float) -> Tensor:
-    """Motions [..., 6] shortened to `mm` and `deg` at most; directions and axes stay."""
+def limited(motion: Tensor, config: NavigationConfig) -> Tensor:
+    """Motions [..., 6] shortened to what a hand can do; directions and axes stay."""
 
     def shorten(vector: Tensor, limit: float) -> Tensor:
         return vector * (limit / vector.norm(dim=-1, keepdim=True).clamp_min(limit))
 
     matrix = poses.to_matrix(motion.double())
-    turn = shorten(roma.rotmat_to_rotvec(matrix[..., :3, :3]), np.radians(deg))
-    matrix[..., :3, :3] = roma.rotvec_to_rotmat(turn)
-    matrix[..., :3, 3] = shorten(matrix[..., :3, 3], mm)
+    turn = roma.rotmat_to_rotvec(matrix[..., :3, :3])
+    matrix[..., :3, :3] = roma.rotvec_to_rotmat(shorten(turn, np.radians(config.limit_deg)))
+    matrix[..., :3, 3] = shorten(matrix[..., :3, 3], config.limit_mm)
     return poses.from_matrix(matrix)
+
+
+def settled(motion: Tensor, config: NavigationConfig) -> Tensor:
+    """Motions [..., 6], zero where they are so small that a policy stops."""
+    mm, deg = away(motion)
+    return torch.where(((mm < config.hold_mm) & (deg < config.hold_deg))[..., None], 0.0, motion)
 
 
 def draw_start(rng: np.random.Generator, config: NavigationConfig) -> NDArray[np.float64]:
@@ -138,217 +139,122 @@ def draw_start(rng: np.random.Generator, config: NavigationConfig) -> NDArray[np
     raise ValueError(f"no start lies between nearest and farthest: {config}")
 
 
-# The environment
+def draw_starts(people: Sequence[Person], config: NavigationConfig, seed: int = 0) -> list[Start]:
+    """One start on each patient; it depends on the patient and `seed` alone."""
+    draws = [(person, np.random.default_rng([seed, *person.seed])) for person in people]
+    return [Start(p, draw_start(rng, config), int(rng.integers(2**32))) for p, rng in draws]
 
 
-class Probes(gymnasium.vector.VectorEnv):
-    """B probes on virtual patients, stepped together.
+class Probes:
+    """B probes, each on the patient of its start, moved together.
 
-    Observations are frames, uint8 [B, 1, S, S]; actions are motions [B, 6] in each probe's own
-    frame, mm and degrees, which the hand shortens to its limits and carries out with an error. The
-    reward is the decrease of max(mm, degrees) / 5 to the target plane. An episode never terminates
-    and is truncated after `config.steps`. Infos: pose and seen [B, 6] (`seen` is the pose over the
-    heart as breathing has shifted it), phase of the heart, contact (share of the probe's face on
-    the skin), translation, rotation and patient (a number in `people`), each [B].
-
-    Args:
-        num_envs: B.
-        people: patients to choose from.
-        target, size: the plane; pixels of a frame.
-        config: a NavigationConfig or its fields.
-        black: B flags; frames of these probes stay black, which saves the time to draw them.
-
-    Raises ValueError on bad arguments.
+    `pose` [B, 6], mm and degrees; `count` moves made. Which frames a probe sees depends on its
+    start and its own moves alone. Raises ValueError on bad arguments.
     """
-
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012, as Gymnasium has it
 
     def __init__(
         self,
-        num_envs: int = 1,
-        people: Sequence[Person] = (Person("virtual_0000", (1_000_000, 0)),),
+        starts: Sequence[Start],
         target: str = "a4c",
         size: int = 112,
-        config: NavigationConfig | Mapping | None = None,
-        black: Sequence[bool] | None = None,
+        config: NavigationConfig | None = None,
     ):
         check(target, size)
-        if not people:
-            raise ValueError("people: at least one is needed")
-        self.num_envs, self.people, self.target, self.size = num_envs, list(people), target, size
-        self.config = NavigationConfig.model_validate(config or {})
-        reach = np.repeat([self.config.limit_mm, self.config.limit_deg], 3).astype(np.float32)
-        self.single_action_space = Box(-reach, reach)
-        self.single_observation_space = Box(0, 255, (1, size, size), np.uint8)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.drawn = ~np.asarray(np.zeros(num_envs) if black is None else black, bool)
-        self.draws: list[np.random.Generator] = []
-        self.pose: Tensor | None = None
-        self._patients: dict[int, Patient] = {}
-
-    def reset(self, *, seed: int | Sequence[int] | None = None, options: Mapping | None = None):
-        """Frames and infos of new searches.
-
-        `seed`: one in all, or one for each probe, whose search then does not depend on the others.
-        `options`: `patient` [B], numbers in `people`, and `pose` [B, 6]; both are drawn if absent.
-        """
-        if seed is not None or not self.draws:
-            one = seed is None or isinstance(seed, int)
-            seeds = np.random.SeedSequence(seed).spawn(self.num_envs) if one else seed
-            self.draws = [np.random.default_rng(each) for each in seeds]
-        options = dict(options or {})
-        patient, pose = options.pop("patient", None), options.pop("pose", None)
-        if options:
-            raise ValueError(f"options: unknown {', '.join(options)}; patient or pose")
-        if patient is None:
-            patient = [int(rng.integers(len(self.people))) for rng in self.draws]
-        if not set(patient) <= set(range(len(self.people))) or len(patient) != self.num_envs:
-            raise ValueError(f"patient: {self.num_envs} of 0 to {len(self.people) - 1}: {patient}")
-        if pose is None:
-            pose = [draw_start(rng, self.config) for rng in self.draws]
-        self.pose = self._checked(pose, "pose").clamp(-EDGE, EDGE)
-        self.number, self.count = np.asarray(patient), 0
-        for number in set(patient) - set(self._patients):
-            self._patients[number] = Patient(self.people[number].seed)
-        bodies = [self._patients[number] for number in patient]
+        if not starts:
+            raise ValueError("starts: at least one is needed")
+        self.target, self.size, self.config = target, size, config or NavigationConfig()
+        self.patients = [phantom.Patient(start.person.seed) for start in starts]
+        draws = [np.random.default_rng(start.seed) for start in starts]
+        self.first_phase = torch.tensor(np.array([rng.random(2) for rng in draws]))
+        errors = np.array([rng.standard_normal((self.config.steps, 6)) for rng in draws])
+        errors *= np.repeat([self.config.hand_mm, self.config.hand_deg], 3)
+        self.errors = torch.from_numpy(errors)
         # A heart that moves caudally is one over which the probe has moved cranially.
-        self.sway = torch.stack([-b.place(self.target)[:3, :3].T @ CAUDAL for b in bodies])
-        self.first_phase = torch.from_numpy(np.array([rng.random(2) for rng in self.draws]))
-        return self._look()
+        self.sway = torch.stack([-p.place(target)[:3, :3].T @ CAUDAL for p in self.patients])
+        pose = self._checked(np.array([start.pose for start in starts], float), len(starts))
+        self.pose, self.count = pose.clamp(-EDGE, EDGE), 0
 
-    def step(self, actions: ArrayLike):
-        """Frames, rewards [B], terminated [B], truncated [B] and infos after motions [B, 6]."""
-        if self.pose is None:
-            raise gymnasium.error.ResetNeeded("reset the environment before its first step")
-        hand, before = self.config, self.left
-        motion = limited(self._checked(actions, "motions"), hand.limit_mm, hand.limit_deg)
-        noise = np.array([rng.standard_normal(6) for rng in self.draws])
-        slip = torch.from_numpy(noise * np.repeat([hand.hand_mm, hand.hand_deg], 3))
-        made = poses.compose(motion, slip)
-        self.pose = poses.compose(self.pose, made).clamp(-EDGE, EDGE)
-        self.count += 1
-        frames, infos = self._look()
-        truncated = np.full(self.num_envs, self.count >= hand.steps)
-        return frames, before - self.left, np.zeros_like(truncated), truncated, infos
-
-    def _checked(self, values: ArrayLike, name: str) -> Tensor:
-        values = torch.from_numpy(np.array(values, float))
-        if values.shape != (self.num_envs, 6) or not values.isfinite().all():
-            raise ValueError(f"{name} must be finite, [{self.num_envs}, 6]; got {values.tolist()}")
+    def _checked(self, values: ArrayLike, count: int) -> Tensor:
+        values = torch.as_tensor(values, dtype=torch.float64)
+        if values.shape != (count, 6) or not values.isfinite().all():
+            raise ValueError(f"finite poses or motions [{count}, 6] are needed, got {values}")
         return values
 
-    def _look(self) -> tuple[NDArray[np.uint8], dict[str, NDArray]]:
-        time, config = self.count * self.config.seconds, self.config
-        beats, breaths = time * config.beats_per_minute / 60, time / config.breath_seconds
-        phase = torch.remainder(self.first_phase[:, 0] + beats, 1.0)
-        depth = config.breath_mm * torch.sin(np.pi * (self.first_phase[:, 1:] + breaths)) ** 4
-        seen = torch.cat((self.pose[:, :3] + depth * self.sway, self.pose[:, 3:]), 1)
-        mm, deg = away(self.pose)
-        self.left = (torch.maximum(mm, deg) / TOLERANCES[0]).numpy()
-        tensors = {"pose": self.pose, "seen": seen, "phase": phase, "contact": self._contact(),
-                   "translation": mm, "rotation": deg}  # fmt: skip
-        infos = {name: value.numpy() for name, value in tensors.items()} | {"patient": self.number}
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Poses [B, 6] over the hearts as breathing has shifted them, and phases [B] of these."""
+        config, time = self.config, self.count * self.config.seconds
+        heart, breath = self.first_phase.T
+        depth = torch.sin(np.pi * (breath + time / config.breath_seconds)) ** 4 * config.breath_mm
+        pose = torch.cat((self.pose[:, :3] + depth[:, None] * self.sway, self.pose[:, 3:]), 1)
+        return pose, torch.remainder(heart + time * config.beats_per_minute / 60, 1.0)
 
-        frames = np.zeros((self.num_envs, 1, self.size, self.size), np.uint8)
-        for number in set(self.number[self.drawn].tolist()):  # those of one patient together
-            rows = np.flatnonzero((self.number == number) & self.drawn)
-            with alone():
-                made = render(self._patients[number], seen[rows], phase[rows], target=self.target,
-                              size=self.size)  # fmt: skip
-            frames[rows, 0] = made.image.numpy()
-        return frames, infos
+    def frames(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """What the probes `rows` see, uint8 [len(rows), 1, S, S]."""
+        pose, phase = self.seen()
+        with phantom.alone():
+            made = [
+                phantom.render(self.patients[k], pose[k], phase[k], None, self.target, self.size)
+                for k in rows
+            ]
+        return torch.stack([frame.image for frame in made])[:, None]
 
-    def _contact(self) -> Tensor:
-        """The share [B] of each probe's face that touches the skin."""
-        matrix = poses.to_matrix(self.pose)
-        face = torch.linspace(-FACE, FACE, 19, dtype=torch.float64)
-        x, y, z = (matrix[:, :3, 3:] + matrix[:, :3, :1] * face).unbind(1)  # [B, 19] each
-        bodies = [self._patients[number] for number in self.number]
-        skin = torch.stack([body.skin(x[k], y[k]) for k, body in enumerate(bodies)])
-        return (skin - z < STANDOFF).double().mean(1)
+    def move(self, motions: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
+        """Move the probes `rows` by motions [len(rows), 6], shortened by the hand's limits and with
+        its errors; returns the motions made, as a tracker measures them."""
+        before, motions = self.pose[rows], self._checked(motions, len(rows))
+        made = poses.compose(limited(motions, self.config), self.errors[rows, self.count])
+        self.pose[rows] = poses.compose(before, made).clamp(-EDGE, EDGE)
+        self.count += 1
+        return poses.relative(before, self.pose[rows])
 
 
-class ProbeEnv(gymnasium.Env):
-    """One probe: `Probes` without the leading axis, with the same arguments."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 2}  # noqa: RUF012, as Gymnasium has it
-
-    def __init__(self, render_mode: str | None = None, **arguments):
-        self.probes, self.render_mode = Probes(1, **arguments), render_mode
-        self.action_space = self.probes.single_action_space
-        self.observation_space = self.probes.single_observation_space
-
-    def reset(self, *, seed: int | None = None, options: Mapping | None = None):
-        super().reset(seed=seed)
-        self.probes.draws = [self.np_random]
-        frames, infos = self.probes.reset(options={k: [v] for k, v in (options or {}).items()})
-        self.frame = frames[0]
-        return self.frame, {name: value[0] for name, value in infos.items()}
-
-    def step(self, action: ArrayLike):
-        frames, rewards, _, truncated, infos = self.probes.step([action])
-        self.frame, info = frames[0], {name: value[0] for name, value in infos.items()}
-        return self.frame, float(rewards[0]), False, bool(truncated[0]), info
-
-    def render(self) -> NDArray[np.uint8]:
-        """The frame [S, S, 3], grey."""
-        return np.repeat(self.frame[0][..., None], 3, axis=-1)
-
-
-gymnasium.register(
-    "dreamer/Probe-v0",
-    "dreamer.study.closed_loop:ProbeEnv",
-    vector_entry_point="dreamer.study.closed_loop:Probes",
-)
-
-
-# Policies: called with frames [B, 1, S, S] and infos of `Probes`, they return motions [B, 6].
-# `reset(seeds)` begins B searches. Only the oracle reads the true pose.
+# Policies: called with the frames [B, 1, S, S] of the probes that still move, their true poses
+# [B, 6] (for the oracle alone), the motions made since the last call, and a mask of which probes of
+# the last call are left; they return motions [B, 6], and zero to end a search.
 
 
 class Follow:
-    """Follow the guidance: the motion from the single-frame prediction to the plane.
+    """Follow the guidance: the motion from the estimated pose to the plane.
 
-    With `window` over 1, the predictions of the last frames, each carried on by the motions made
-    since, are averaged first (rotations by the one nearest to their mean matrix).
+    The estimate is the mean of the predictions of the last `memory` frames or so, each carried on
+    by the motions since (one frame: the prediction itself). Rotations are averaged as the one
+    nearest to their mean matrix. It stops after `memory` frames at the earliest.
     """
 
     sees = True
 
-    def __init__(self, model: CardiacDreamer, config: NavigationConfig, window: int = 1):
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
-        self.model, self.config, self.window = model, config, window
+    def __init__(self, model: CardiacDreamer, config: NavigationConfig, memory: int = 1):
+        if memory < 1:
+            raise ValueError(f"memory must be at least 1 frame, got {memory}")
+        self.model, self.config, self.memory = model, config, memory
         self.reset()
 
-    def reset(self, seeds: Sequence[int] = ()) -> None:
-        self.past: list[Tensor] = []
+    def reset(self) -> None:
+        """Begin new searches."""
+        self.mean, self.count = torch.zeros(()), 0
 
     @torch.no_grad()
-    def __call__(self, frames: ArrayLike, infos: Mapping | None = None) -> Tensor:
-        features = self.model.encode(torch.as_tensor(frames))
-        predicted = self.imagine(features, torch.zeros(len(features), 1, 6))[:, 0]
-        self.past = [*self.past, poses.to_matrix(predicted)][-self.window :]
-        mean = torch.stack(self.past).mean(0)
-        mean[:, :3, :3] = roma.special_procrustes(mean[:, :3, :3])
-        self.estimate = poses.from_matrix(mean)
-        motion = self.limited(self.choose(features, poses.remaining(self.estimate)))
-        self.past = [matrix @ poses.to_matrix(motion) for matrix in self.past]
-        return motion
+    def __call__(self, frames: Tensor, pose=None, moved=None, left=slice(None)) -> Tensor:
+        features = in_parts(self.model.encode, frames.to(self.model.pose_mean.device))
+        predicted = poses.to_matrix(self.imagine(features, torch.zeros(len(frames), 6)))
+        if self.count:  # a mean of matrices is carried on as each of them is
+            self.mean = self.mean[left] @ poses.to_matrix(moved)
+        self.count = min(self.count + 1, self.memory)
+        self.mean = self.mean + (predicted - self.mean) / self.count
+        matrix = self.mean.clone()
+        matrix[:, :3, :3] = roma.special_procrustes(matrix[:, :3, :3])
+        motion = self.choose(features, poses.from_matrix(matrix))
+        return settled(motion, self.config) if self.count == self.memory else motion
 
     def imagine(self, features: Tensor, motion: Tensor) -> Tensor:
-        """Poses [B, N, 6] imagined after motions [B, N, 6] from maps [B, C, h, w]."""
-        rows = features.repeat_interleave(motion.shape[1], 0)
-        pose = self.model.imagine(rows, motion.flatten(0, 1).float()).pose
-        return pose.double().view(motion.shape)
+        """Poses [N, 6] imagined after motions [N, 6] from maps [N, C, h, w]."""
+        motion = motion.float().to(features.device)
+        dreamt = in_parts(lambda *part: self.model.imagine(*part).pose, features, motion)
+        return dreamt.double().cpu()
 
-    def limited(self, motion: Tensor) -> Tensor:
-        return limited(motion, self.config.limit_mm, self.config.limit_deg)
-
-    def choose(self, features: Tensor, guided: Tensor) -> Tensor:
-        """The motion [B, 6] to make; `guided` leads to the plane by the estimated pose."""
-        return guided
+    def choose(self, features: Tensor, estimate: Tensor) -> Tensor:
+        """The motions [B, 6] to make from the estimated poses [B, 6]."""
+        return poses.remaining(estimate)
 
 
 class Plan(Follow):
@@ -377,22 +283,23 @@ class Plan(Follow):
         self.candidates, self.elites, self.rounds = candidates, elites, rounds
         super().__init__(model, config)
 
-    def reset(self, seeds: Sequence[int] = ()) -> None:
-        super().reset(seeds)
+    def reset(self) -> None:
+        super().reset()
         self.generator = torch.Generator().manual_seed(0)
 
     def cost(self, pose: Tensor) -> Tensor:
         mm, deg = away(pose)
         return (mm / self.config.limit_mm) ** 2 + (deg / self.config.limit_deg) ** 2
 
-    def choose(self, features: Tensor, guided: Tensor) -> Tensor:
-        mean = self.limited(guided)[:, None]
+    def choose(self, features: Tensor, estimate: Tensor) -> Tensor:
+        mean = limited(poses.remaining(estimate), self.config)[:, None]  # [B, 1, 6]
         spread = torch.from_numpy(STEP / 2)
+        rows = features.repeat_interleave(self.candidates, 0)
         for _ in range(self.rounds):
             noise = torch.randn(self.candidates, 6, generator=self.generator, dtype=torch.float64)
-            motions = self.limited(mean + spread * noise)
-            imagined = self.imagine(features, motions)
-            geometric = poses.compose(self.estimate[:, None].expand_as(motions), motions)
+            motions = limited(mean + spread * noise, self.config)  # [B, candidates, 6]
+            imagined = self.imagine(rows, motions.flatten(0, 1)).view(motions.shape)
+            geometric = poses.compose(estimate[:, None].expand_as(motions), motions)
             cost = self.cost(imagined) + self.cost(poses.relative(geometric, imagined))
             best = cost.argsort(1)[:, : self.elites, None].expand(-1, -1, 6)
             elite = motions.gather(1, best)
@@ -401,210 +308,157 @@ class Plan(Follow):
 
 
 class Control:
-    """A policy that does not look: `answer(poses, generators)` returns the motions."""
+    """A policy that sees no frame: oracle, stay, random, or mean pose.
+
+    `oracle` follows the true pose, `stay` stops at once, `random` moves as far as a hand can.
+    `mean pose` takes `mean_pose` [6], that of the training part, for the start, moves from there to
+    the plane, and stops. Raises ValueError for other names.
+    """
 
     sees = False
 
-    def __init__(self, answer: Callable[[Tensor, Sequence[np.random.Generator]], Tensor]):
-        self.answer = answer
+    def __init__(self, name: str, mean_pose: Tensor, config: NavigationConfig):
+        if name not in CONTROLS:
+            raise ValueError(f"control {name!r} is unknown; one of {', '.join(CONTROLS)}")
+        self.name, self.mean_pose, self.config = name, mean_pose.double().cpu(), config
+        self.reach = torch.tensor([config.limit_mm, config.limit_deg]).repeat_interleave(3)
+        self.reset()
 
-    def reset(self, seeds: Sequence[int] = ()) -> None:
-        self.draws = [np.random.default_rng([seed, 1]) for seed in seeds]
+    def reset(self) -> None:
+        self.generator, self.estimate = torch.Generator().manual_seed(0), None
 
-    def __call__(self, frames: ArrayLike, infos: Mapping) -> Tensor:
-        return self.answer(torch.as_tensor(infos["pose"]), self.draws)
-
-
-def policy(name: str, model: CardiacDreamer, config: NavigationConfig, **plan: int):
-    """One of POLICIES by name; `plan` holds further arguments of `Plan`.
-
-    `stay` holds still, `random` moves as far as a hand can, `mean pose` follows the mean pose of
-    the training part, `oracle` the true pose. Raises ValueError for other names.
-    """
-    if name == "follow":
-        return Follow(model, config)
-    if name == "average":
-        return Follow(model, config, WINDOW)
-    if name == "plan":
-        return Plan(model, config, **plan)
-    if name not in CONTROLS:
-        raise ValueError(f"policy {name} is unknown; one of {', '.join(POLICIES)}")
-    reach = np.repeat([config.limit_mm, config.limit_deg], 3)
-
-    def answer(pose: Tensor, draws: Sequence[np.random.Generator]) -> Tensor:
-        if name == "stay":
+    def __call__(self, frames, pose: Tensor, moved=None, left=slice(None)) -> Tensor:
+        if self.name == "stay":
             return torch.zeros_like(pose)
-        if name == "random":
-            return torch.from_numpy(np.array([rng.uniform(-reach, reach) for rng in draws]))
-        if name == "mean pose":
-            return poses.remaining(model.pose_mean.cpu().double()).expand_as(pose)
-        return poses.remaining(pose)
+        if self.name == "random":
+            draw = torch.rand(pose.shape, generator=self.generator, dtype=torch.float64)
+            return (2 * draw - 1) * self.reach
+        if self.name == "oracle":
+            return settled(poses.remaining(pose), self.config)
+        known = self.estimate is not None
+        self.estimate = (
+            poses.compose(self.estimate[left], moved) if known else self.mean_pose.expand_as(pose)
+        )
+        return settled(poses.remaining(self.estimate), self.config)
 
-    return Control(answer)
 
+def policy(name: str, model: CardiacDreamer, config: NavigationConfig) -> Follow:
+    """One of POLICIES: `follow`, `filter` (the same with a memory) or `plan`.
 
-# Many searches
-
-
-def unseen_patients(
-    runs: Sequence[str | Path], data: str | Path, count: int
-) -> tuple[list[Person], str]:
-    """Up to `count` patients that no run has seen, and the target plane.
-
-    Of the phantom `data`: test patients of all runs. Without runs, or where `data` are recorded
-    scans: new virtual patients, apical four-chamber plane. Raises ValueError where no patient is
-    unseen by all runs.
+    Raises ValueError for other names.
     """
-    card = Path(data) / "phantom.json"
-    if not runs or not card.is_file():
-        return [Person(f"virtual_{n:04d}", (1_000_000, n)) for n in range(count)], "a4c"
-    arguments = json.loads(card.read_text())["arguments"]
-    splits = [json.loads((Path(run) / "split.json").read_text()) for run in runs]
-    tested = set.intersection(*(set(split["test"]) for split in splits))
-    seen = {name for split in splits for part in ("train", "val") for name in split[part]}
-    names = sorted(tested - seen)
-    if not names:
-        raise ValueError(f"runs: no patient of {data} is unseen by all of them")
-    people = [Person(name, (arguments["seed"], int(name.rsplit("_", 1)[1]))) for name in names]
-    return people[:count], arguments["target"]
+    if name not in POLICIES:
+        raise ValueError(f"policy {name!r} is unknown; one of {', '.join(POLICIES)}")
+    if name == "plan":
+        return Plan(model, config)
+    return Follow(model, config, MEMORY if name == "filter" else 1)
 
 
-def draw_starts(
-    people: Sequence[Person], count: int, config: NavigationConfig, seed: int = 0
-) -> list[Start]:
-    """`count` starts shared out evenly among `people`, those of a person together."""
-    if count < 1:
-        raise ValueError(f"starts: at least one is needed, got {count}")
-    starts = []
-    for place, person in enumerate(people):
-        for number in range(count // len(people) + (place < count % len(people))):
-            rng = np.random.default_rng([seed, *person.seed, number])
-            pose = draw_start(rng, config)
-            starts.append(Start(person, number, pose, int(rng.integers(2**32))))
-    return starts
+class Searches(NamedTuple):
+    """Searches of one policy: `pose` [T + 1, B, 6] at the start and after each step, that of a
+    stopped probe repeated; `steps` [B] made; `stopped` [B], whether the policy ended the search."""
+
+    pose: Tensor
+    steps: Tensor
+    stopped: Tensor
 
 
-def search(
-    policies: Mapping[str, Follow | Control],
-    starts: Sequence[Start],
-    config: NavigationConfig,
+def search(policy: Follow | Control, probes: Probes) -> Searches:
+    """Let a policy steer probes until it stops them, for `config.steps` steps at most."""
+    policy.reset()
+    rows, left, moved = torch.arange(len(probes.pose)), slice(None), None
+    steps, stopped = torch.full_like(rows, probes.config.steps), torch.zeros_like(rows).bool()
+    record = [probes.pose.clone()]
+    for step in range(probes.config.steps + 1):  # the last time to stop only
+        frames = probes.frames(rows) if policy.sees else None
+        motion = policy(frames, probes.pose[rows], moved, left)
+        left = motion.any(1)
+        steps[rows[~left]], stopped[rows[~left]] = step, True
+        rows = rows[left]
+        if step == probes.config.steps or not len(rows):
+            break
+        moved = probes.move(motion[left], rows)
+        record.append(probes.pose.clone())
+    record += [probes.pose] * (probes.config.steps + 1 - len(record))
+    return Searches(torch.stack(record), steps, stopped)
+
+
+def score(found: Searches) -> pd.DataFrame:
+    """One row per search.
+
+    `reached_5`, `reached_10`: stopped within that many mm and degrees of the plane; `passed_5`,
+    `passed_10`: within them at the start or after any step; `steps_to_`: steps until then (all,
+    where it never was); `stopped`; `steps` made; `start_`, `final_` and `nearest_` distance (where
+    the larger of mm and degrees is least), and length of the path, each in mm and degrees.
+    """
+    mm, deg = away(found.pose)  # [T + 1, B]
+    nearest = torch.maximum(mm, deg).argmin(0, keepdim=True)
+    walked = away(poses.relative(found.pose[:-1], found.pose[1:]))
+    scores = {"stopped": found.stopped.double(), "steps": found.steps}
+    for limit in TOLERANCES:
+        near = (mm <= limit) & (deg <= limit)
+        scores[f"reached_{limit}"] = (near[-1] & found.stopped).double()
+        scores[f"passed_{limit}"] = near.any(0).double()
+        scores[f"steps_to_{limit}"] = torch.where(near.any(0), near.int().argmax(0), len(near) - 1)
+    for unit, left, path in zip(("mm", "deg"), (mm, deg), walked, strict=True):
+        scores[f"start_{unit}"], scores[f"final_{unit}"] = left[0], left[-1]
+        scores[f"nearest_{unit}"] = left.gather(0, nearest)[0]
+        scores[f"path_{unit}"] = path.sum(0)
+    return pd.DataFrame({name: value.double().numpy() for name, value in scores.items()})
+
+
+def measure(
+    model: CardiacDreamer,
+    people: Sequence[Person],
     target: str = "a4c",
-    size: int = 112,
-) -> pd.DataFrame:
-    """One row per step of every policy's search from every start, all steps being made.
-
-    Columns: policy, patient, start, step (0 is the start), the six axes, translation (mm) and
-    rotation (deg) to the plane, contact. All policies meet the same hearts and errors of the hand.
-    """
-    people = list(dict.fromkeys(start.person for start in starts))
-    seeds, count = [start.seed for start in starts], len(policies)
-    black = np.repeat([not each.sees for each in policies.values()], len(starts))
-    probes = Probes(count * len(starts), people, target, size, config, black)
-    patient = [people.index(start.person) for start in starts] * count
-    pose = [start.pose for start in starts] * count
-    frames, infos = probes.reset(seed=seeds * count, options={"patient": patient, "pose": pose})
-    for each in policies.values():
-        each.reset(seeds)
-    record = [infos]
-    for _ in range(config.steps):
-        motions = []
-        for k, each in enumerate(policies.values()):
-            own = slice(k * len(starts), (k + 1) * len(starts))
-            motions.append(each(frames[own], {name: v[own] for name, v in infos.items()}))
-        frames, *_, infos = probes.step(torch.cat(motions))
-        record.append(infos)
-
-    names = [(start.person.name, start.number) for start in starts]
-    rows = [(each, *name, k) for each in policies for name in names for k in range(len(record))]
-    table = pd.DataFrame(rows, columns=["policy", "patient", "start", "step"])
-    table[list(poses.AXES)] = np.stack([each["pose"] for each in record], 1).reshape(-1, 6)
-    for name in ("translation", "rotation", "contact"):
-        table[name] = np.stack([each[name] for each in record], 1).ravel()
-    return table
-
-
-def navigate(
-    runs: Sequence[str | Path],
-    starts: Sequence[Start],
-    target: str,
-    config: NavigationConfig,
+    config: NavigationConfig | None = None,
     policies: Sequence[str] = POLICIES,
-    plan: Mapping[str, int] | None = None,
-    part: int = 12,
+    planned: int = 24,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Tables of `search` for every run and policy, with columns run, seed, variant and target.
+    """Scores of a model's policies, one start on each patient: measure, condition (the policy),
+    patient, value.
 
-    Controls do not depend on training and are those of the first run. Each run, policy and `part`
-    starts are a file in the run's folder `navigation/`; a file of the same settings and weights is
-    read and not made again. Parts run in threads. Raises ValueError for unknown policies.
+    Planning costs most and uses the first `planned` patients; it is left out for a model without a
+    world model. Raises ValueError for unknown policies.
     """
-    if unknown := set(policies) - set(POLICIES):
-        raise ValueError(f"policy {', '.join(sorted(unknown))} is unknown; {', '.join(POLICIES)}")
-    files, jobs = {}, {}
-    for run in map(Path, runs):
-        model, training = load_run(run), load_config(run)[1]
-        weights = hashlib.sha256(save(model.state_dict())).hexdigest()
-        size, folder = model.config.image_size, run / "navigation"
-        folder.mkdir(exist_ok=True)
-        for name, at in product(policies, range(0, len(starts), part)):
-            control = name in CONTROLS
-            if (control and run != Path(runs[0])) or (name == "plan" and model.world is None):
-                continue
-            own, given = starts[at : at + part], dict(plan or {}) if name == "plan" else {}
-            key = repr((VERSION, weights, name, target, size, config, own, given))
-            digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-            file = folder / f"{name.replace(' ', '_')}-{digest}.csv"
-            variant = "control" if control else model.config.token_type
-            files[file] = {"run": run.name, "seed": training.seed, "variant": variant,
-                           "policy": name, "target": target}  # fmt: skip
-            if not file.is_file():
-                jobs.setdefault((at, size), {})[file] = policy(name, model, config, **given)
-
-    def work(job: tuple) -> None:
-        (at, size), missing = job
-        made = search(missing, starts[at : at + part], config, target, size)
-        for file, table in made.groupby("policy", sort=False):
-            write_whole(file, table.drop(columns="policy").round(4).to_csv(index=False).encode())
-
-    with crew(torch.get_num_threads()) as pool:
-        list(tqdm(pool.map(work, jobs.items()), "searches", len(jobs), unit="part"))
-    tables = [pd.read_csv(file).assign(**names) for file, names in files.items()]
+    config = config or NavigationConfig()
+    starts, tables = draw_starts(people, config, seed), []
+    for name in policies:
+        if name == "plan" and model.world is None:
+            continue
+        own = starts[:planned] if name == "plan" else starts
+        probes = Probes(own, target, model.config.image_size, config)
+        found = search(policy(name, model, config), probes)
+        tables.append(_tidy(score(found), name, own))
     return pd.concat(tables, ignore_index=True)
 
 
-# Scores
+def measure_controls(
+    mean_pose: Tensor,
+    people: Sequence[Person],
+    target: str = "a4c",
+    config: NavigationConfig | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Scores of the controls from the starts of `measure`; only `mean_pose` [6] (mm, degrees), that
+    of the training part, depends on the data."""
+    config = config or NavigationConfig()
+    starts, tables = draw_starts(people, config, seed), []
+    for name in CONTROLS:
+        found = search(Control(name, mean_pose, config), Probes(starts, target, config=config))
+        tables.append(_tidy(score(found), name, starts))
+    return pd.concat(tables, ignore_index=True)
 
 
-def score(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per search of `navigate`.
-
-    `reached_5`, `reached_10`: within that many mm and degrees after the last step; `passed_5`,
-    `passed_10`: after any step; `steps_10`: steps until then (all, where it never was);
-    `start_mm`, `start_deg`, `final_mm`, `final_deg`: error; `path_mm`, `path_deg`: travelled;
-    `lost`: share of steps with less than half the probe's face on the skin.
-    """
-    keys = ["target", "variant", "policy", "run", "seed", "patient", "start"]
-    count = table["step"].nunique()
-    pose = torch.tensor(table[list(poses.AXES)].to_numpy(float)).unflatten(0, (-1, count))
-    mm, deg, contact = (
-        table[name].to_numpy().reshape(-1, count) for name in ("translation", "rotation", "contact")
-    )
-    path_mm, path_deg = (v.sum(1).numpy() for v in away(poses.relative(pose[:, :-1], pose[:, 1:])))
-    scores = table[keys][::count].reset_index(drop=True)
-    for limit in TOLERANCES:
-        near = (mm <= limit) & (deg <= limit)
-        scores[f"reached_{limit}"] = near[:, -1].astype(float)
-        scores[f"passed_{limit}"] = near.any(1).astype(float)
-    scores["steps_10"] = np.where(near.any(1), near.argmax(1), count - 1)
-    return scores.assign(
-        start_mm=mm[:, 0], start_deg=deg[:, 0], final_mm=mm[:, -1], final_deg=deg[:, -1],
-        path_mm=path_mm, path_deg=path_deg, lost=(contact < 0.5).mean(1),
-    )  # fmt: skip
+def _tidy(scores: pd.DataFrame, condition: str, starts: Sequence[Start]) -> pd.DataFrame:
+    names = [start.person.name for start in starts]
+    table = scores.assign(condition=condition, patient=names)
+    table = table.melt(["condition", "patient"], var_name="measure")
+    return table[["measure", "condition", "patient", "value"]]
 
 
-def cells(scores: pd.DataFrame, variant: str, policy: str, measure: str = "reached_10"):
-    """Means [seeds, patients] of a measure of `score`, for `stats.interval` and `stats.compare`;
-    one value per patient for controls, which have no seeds."""
-    own = scores[(scores["variant"] == variant) & (scores["policy"] == policy)]
-    values = stats.matrix(own, measure)
-    return values.iloc[0] if variant == "control" else values
+with suppress(ModuleNotFoundError):  # everything above works without Gymnasium
+    import gymnasium
+
+    gymnasium.register("dreamer/Probe-v0", "dreamer.study.environment:ProbeEnv")

@@ -58,11 +58,10 @@ def paint(frame: NDArray[np.uint8], grid: NDArray | None = None, side: int = 300
 
 
 class Explorer:
-    """A probe at `pose` [6] (mm, degrees from the plane) over a virtual patient.
+    """A probe at `pose` [6] (mm, degrees from the plane) over one of `people` new virtual patients.
 
-    `runs`: the last of each variant is used; those that do not exist are in `missing`. `data`: the
-    phantom whose unseen patients are shown, new ones where it does not exist. Raises ValueError
-    where no patient is unseen by all runs, or runs differ in the size of frames.
+    `runs`: the last of each variant is used; those that do not exist are in `missing`. `data`: what
+    they were trained on. Raises ValueError where runs differ in the size of frames.
     """
 
     def __init__(self, runs: Sequence[str], data: str, people: int = 24, seed: int = 0):
@@ -72,7 +71,7 @@ class Explorer:
         sizes = {model.config.image_size for model in self.models.values()} or {112}
         if len(sizes) > 1:
             raise ValueError(f"runs: frames of {sorted(sizes)} pixels; choose runs of one size")
-        self.people, self.trained_plane = closed_loop.unseen_patients(existing, data, people)
+        self.people, self.trained_plane = closed_loop.unseen_patients(data, people)
         self.config, self.size = closed_loop.NavigationConfig(), sizes.pop()
         self.seed, self.starts = seed, 0
         cached = map(lru_cache(64), (self._frame, self._predict, self._map))
@@ -119,10 +118,13 @@ class Explorer:
     def step(self, variant: str) -> Tensor:
         """Make one guided step, averaged over the last frames; the motion [6] that was made."""
         if self.policy is None or self.policy.model is not self.models[variant]:
-            self.policy = closed_loop.Follow(self.models[variant], self.config, closed_loop.WINDOW)
-        motion = self.policy(self.frame(*self.view)[None, None])[0]
+            self.policy = closed_loop.policy("filter", self.models[variant], self.config)
+            self.moved = None
+        frame, before = torch.from_numpy(self.frame(*self.view))[None, None], self.pose
+        motion = closed_loop.limited(self.policy(frame, moved=self.moved)[0], self.config)
         self.phase = round((self.phase + 0.55) % 1, 6)  # half a second at 66 beats a minute
         self.move(poses.compose(self.pose, motion))
+        self.moved = poses.relative(before, self.pose)[None]
         return motion
 
     def go(self, variant: str) -> int:

@@ -20,7 +20,7 @@ from dreamer.data import Split, Transitions
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.phantom import generate
 from dreamer.runs import TrainingConfig, configure, has_bf16, load_config, make_split, versions
-from dreamer.study import accuracy, cost, maps, results
+from dreamer.study import accuracy, closed_loop, cost, imagination, maps, results, robustness
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class Bench(NamedTuple):
     split: Split
     test: Transitions
     plane: str
+    plan: Mapping[str, Any]
+    controls: bool  # measures what does not depend on the run, too
 
 
 def identity(preset: str, variant: str, seed: int, **others: str) -> dict[str, Any]:
@@ -126,7 +128,8 @@ def _run(name, wanted, plan, store, work, data, configs, lacking, until) -> str:
     folder = phantom(data, drawn["patients"], drawn["frames"], wanted["plane"], size, drawn["seed"])
     bench = Bench(
         work / name, load_run(work / name), train, make_split(train, training),
-        Transitions(folder, size), wanted["plane"],
+        Transitions(folder, size), wanted["plane"], plan,
+        wanted["variant"] == "none" and wanted["seed"] == plan["seeds"][0],
     )  # fmt: skip
     bf16 = training.precision == "bf16" or (training.precision == "auto" and has_bf16())
     record = {
@@ -181,6 +184,16 @@ def measure_convergence(run: str | Path) -> pd.DataFrame:
     return table.assign(patient="")
 
 
+def measure_imagination(bench: Bench) -> pd.DataFrame:
+    """Imagined maps and poses beside their controls, see `dreamer.study.imagination`."""
+    return imagination.measure(bench.model, bench.train, bench.split, bench.test)
+
+
+def measure_space(bench: Bench) -> pd.DataFrame:
+    """What linear probes read from the tokens, see `dreamer.study.imagination`."""
+    return imagination.space(bench.model, bench.train, bench.split, bench.test)
+
+
 def measure_maps(bench: Bench) -> pd.DataFrame:
     """Attention and attribution maps on the test patients, see `dreamer.study.maps`."""
     everything = np.arange(len(bench.test))
@@ -191,9 +204,32 @@ def measure_maps(bench: Bench) -> pd.DataFrame:
     return maps.measure(bench.model, bench.test, everything, split, training=training)
 
 
+def measure_closed_loop(bench: Bench) -> pd.DataFrame:
+    """Searches that the model guides, one for each of new patients; controls for one run alone."""
+    people, _ = closed_loop.unseen_patients(bench.train.folder, bench.plan["searches"])
+    table = closed_loop.measure(bench.model, people, bench.plane)
+    if bench.controls:
+        mean = bench.model.pose_mean.cpu()
+        table = pd.concat([table, closed_loop.measure_controls(mean, people, bench.plane)])
+    return table
+
+
+def measure_robustness(bench: Bench) -> pd.DataFrame:
+    """Errors under each change of `dreamer.study.robustness`, with varied_ before the measure."""
+    people, _ = closed_loop.unseen_patients(bench.train.folder, bench.plan["varied"])
+    cache = bench.train.folder.with_name(f"{bench.train.folder.name}.varied")
+    cache.mkdir(exist_ok=True)
+    table = robustness.measure(bench.model, people, bench.plane, cache=cache)
+    return table.assign(measure="varied_" + table["measure"])
+
+
 MEASURED: dict[str, Callable[[Bench], pd.DataFrame]] = {
     "accuracy": lambda b: accuracy.measure(b.model, b.train, b.split, b.test),
     "convergence": lambda b: measure_convergence(b.run),
+    "imagination": measure_imagination,
+    "space": measure_space,
     "maps": measure_maps,
+    "closed_loop": measure_closed_loop,
+    "robustness": measure_robustness,
 }
 NEEDS_TOKENS: set[str] = set()  # families that a run without transformer lacks
