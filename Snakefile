@@ -10,7 +10,8 @@
     snakemake --profile profiles/slurm                the same on a cluster
 
 The parameters of a notebook decide what it depends on: one that takes `data` waits for the data,
-one that takes `runs` for every training. Steps with small models have one core each and run side by
+one that takes `runs` for every training, one that reads the results `store` (the reference study)
+runs again where that has grown. Steps with small models have one core each and run side by
 side; others take all cores, one at a time (the resource `trainer`), as do those that measure time
 or use several cores themselves.
 """
@@ -28,7 +29,8 @@ from dreamer.records import find_patients, find_scans, folds
 
 VARIANTS = ("patch", "channel", "none")  # none: no transformer
 PLANES = ("a4c", "plax", "psax-av", "psax-mv")
-COMPARE, TRAINING = "04_compare", "02_train"
+TRAINING = "02_train"
+COMPARE, NAVIGATE, BENCHMARK = "04_compare", "08_navigation", "03_benchmark"
 PHANTOM = {  # patients, frames of each, pixels
     "smoke": (8, 6, 64),
     "laptop": (224, 40, 112),
@@ -41,15 +43,16 @@ PROMISED = {
     "02_train": ["02_accuracy.csv", "02_curves.png", "02_accuracy.png", "02_predicted.png"],
     "03_benchmark": ["03_verdicts.csv", "03_benchmark.csv", "03_cold_warm.png"],
     "04_compare": [
-        "04_verdicts.csv", "04_accuracy.csv", "04_runs.csv", "04_accuracy.png",
-        "04_convergence.png",
+        "04_verdicts.csv", "04_measures.csv", "04_accuracy.png", "04_convergence.png",
+        "04_imagination.png",
     ],
     "05_attention": ["05_attention.csv", "05_gallery.png"],
     "06_attribution": ["06_scores.csv", "06_verdicts.csv", "06_maps.png"],
-    "07_ablations": ["07_verdicts.csv", "07_changes.csv", "07_costs.png", "07_best.yaml"],
+    "07_ablations": ["07_verdicts.csv", "07_changes.csv", "07_costs.png"],
     "08_navigation": [
-        "08_verdicts.csv", "08_arrivals.csv", "08_arrivals.png", "08_search.gif",
+        "08_verdicts.csv", "08_measures.csv", "08_success.png", "08_cost.png", "08_search.gif",
     ],
+    "10_verdicts": ["verdicts.csv", "10_seeds.csv", "10_halves.csv", "10_answer.png"],
 }
 # Smaller samples for the smoke preset, which only tests that everything runs.
 SMOKE = {
@@ -64,7 +67,7 @@ SMOKE = {
         seeds=[0, 1], steps=2, epochs=1, batch_size=4, workers=1,
         options={"hierarchy": {"hierarchy": 2}, "both tokens": {"token_type": "both"}},
     ),
-    "08_navigation": dict(starts=2, hand=dict(steps=3)),
+    "08_navigation": dict(starts=2, planned=2, hand=dict(steps=3)),
 }
 
 PRESET = config.get("preset", "laptop")
@@ -117,6 +120,7 @@ if not int(config.get("ablations", 0)):
     NOTEBOOKS.pop("07_ablations", None)
 for interactive in ("00_import", "09_explore"):
     NOTEBOOKS.pop(interactive, None)
+STORED = sorted(str(p) for p in Path("data/results").rglob("*.*") if p.is_file())
 SPLITS = [f"-fold{fold}" for fold in FOLDS] if len(FOLDS) > 1 else [""]
 TRAINED = [
     f"{RUNS}/{variant}{split}-seed{seed}"
@@ -150,11 +154,12 @@ STATE = f"{CODE}-{state_of_data()}"
 
 
 def runs(step):
-    """The runs that a notebook reads: the comparison all of them, others those with tokens of one
-    fold, whose test patients none of them has seen."""
+    """The runs that a notebook reads: the comparison all of them, others those of one fold, whose
+    test patients none of them has seen; those without transformer are for navigation too."""
     if step == COMPARE:
         return TRAINED
-    return [run for run in TRAINED if f"{SPLITS[0]}-seed" in run and "/none" not in run]
+    one_fold = [run for run in TRAINED if f"{SPLITS[0]}-seed" in run]
+    return [run for run in one_fold if step == NAVIGATE or "/none" not in run]
 
 
 def parameters(step, **given):
@@ -195,6 +200,7 @@ def needs(step):
         NOTEBOOKS[step],
         *(DATA_READY if "data" in takes else []),
         *(trained(runs(step)) if "runs" in takes else []),
+        *(STORED if "store" in takes and step != BENCHMARK else []),
     ]
 
 

@@ -108,25 +108,39 @@ def forest(
     hue: str | None = None,
     ax: Axes | None = None,
     zero: float | None = 0.0,
+    each: pd.DataFrame | None = None,
+    own: pd.DataFrame | None = None,
     **style,
 ) -> Axes:
     """Draw one point with its interval (columns `low`, `high`) per row, categories `y` downwards.
 
     Rows that share a category are dodged by `hue`, whose values take their colour from COLOURS.
-    An interval of NaN is left out. `zero` draws a reference line.
+    An interval of NaN is left out. `zero` draws a reference line. Rows of `each` (single seeds) are
+    small dots below, those of `own` (the reader's runs) diamonds.
     """
     ax = ax or plt.gca()
-    names = list(dict.fromkeys(table[y]))
-    kinds = list(dict.fromkeys(table[hue])) if hue else [None]
-    for k, kind in enumerate(kinds):
-        part = table[table[hue] == kind] if hue else table
-        at = np.array([names.index(name) for name in part[y]], float)
-        at += 0.22 * (k - (len(kinds) - 1) / 2)
+    shown = [part for part in (table, each, own) if part is not None and len(part)]
+    names = list(dict.fromkeys(pd.concat(shown)[y]))
+    kinds = list(dict.fromkeys(pd.concat(shown)[hue])) if hue else [None]
+
+    def rows(given: pd.DataFrame, kind: str | None, down: float = 0.0):
+        part = given[given[hue] == kind] if hue else given
+        shift = 0.0 if y == hue else 0.22 * (kinds.index(kind) - (len(kinds) - 1) / 2)
+        return part, [names.index(name) + shift + down for name in part[y]]
+
+    for kind in kinds:
+        colour, label = COLOURS.get(kind, COLOURS["control"]), LABELS.get(kind, kind)
+        part, at = rows(table, kind)
         arms = np.array([part[value] - part["low"], part["high"] - part[value]], float)
-        looks = {"color": COLOURS.get(kind, COLOURS["control"]), "label": LABELS.get(kind, kind)}
-        arms = np.nan_to_num(arms).clip(0)
-        ax.errorbar(part[value], at, xerr=arms, fmt="o", ms=5, **{**looks, **style})
-    ax.set_yticks(range(len(names)), [AXIS_LABELS.get(name, name) for name in names])
+        looks = {"color": colour, "label": label, "fmt": "o", "ms": 5} | style
+        ax.errorbar(part[value], at, xerr=np.nan_to_num(arms).clip(0), **looks)
+        if each is not None:
+            part, at = rows(each, kind, 0.08)
+            ax.scatter(part[value], at, s=9, color=colour, alpha=0.4, lw=0)
+        if own is not None:
+            part, at = rows(own, kind, 0.08)
+            ax.scatter(part[value], at, s=30, marker="D", fc="white", ec=colour, zorder=3)
+    ax.set_yticks(range(len(names)), [(AXIS_LABELS | LABELS).get(name, name) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     if zero is not None:
         ax.axvline(zero, color="#444444", lw=0.8)

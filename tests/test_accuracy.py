@@ -15,8 +15,8 @@ from dreamer.study.accuracy import (
     PREDICTED,
     TRUE,
     accuracy,
-    by_seed,
     errors,
+    measure,
     predict,
     predict_action_only,
     predict_mean_pose,
@@ -71,20 +71,6 @@ def test_accuracy_refuses_other_frames():
         accuracy({"patch": table([1] * 6), "channel": table([1] * 6, true=[9] * 6)})
 
 
-def test_folds_of_a_seed_come_together():
-    first, second = table([1] * 6, patients=("a", "b")), table([2] * 6, patients=("c", "d"))
-    whole = table([3] * 6, patients=("a", "b", "c", "d")).assign(row=[0, 1, 0, 1])
-    given = {"f0": second, "f1": first, "whole": whole}
-    tables = by_seed(given, {"f0": 7, "f1": 7, "whole": 9})
-    assert list(tables) == [7, 9] and len(tables[9]) == 4
-    assert list(tables[7]["patient"]) == ["a", "b", "c", "d"]
-    assert list(tables[7]["predicted_x"]) == [1, 1, 2, 2]
-    with pytest.raises(ValueError, match="two of its runs were tested on the same patients"):
-        by_seed({"f0": first, "f1": first}, {"f0": 0, "f1": 0})
-    with pytest.raises(ValueError, match="seed 1 was tested on other frames than seed 0"):
-        by_seed({"f0": first, "f1": second}, {"f0": 0, "f1": 1})
-
-
 def test_mean_pose_is_that_of_the_training_part(data):
     split = split_by_patient(data, 1, 2)
     found = predict_mean_pose(data, split.test, split)
@@ -131,6 +117,26 @@ def test_blocks_of_one_scan_take_the_place_of_patients(tmp_path, monkeypatch, mo
     pairs = imagination.pairs(model, data, split.test, split, each=4)
     names, counts = np.unique(pairs.patient, return_counts=True)
     assert names.tolist() == ["only block 1", "only block 2"] and counts.tolist() == [4, 4]
+
+
+def test_measures_of_a_run_by_hand(data, model):
+    split = split_by_patient(data, 1, 2)
+    frames = predict(model, data, split.test, split)
+    error = errors(frames)
+    cells = measure(model, data, split).set_index(["measure", "condition", "patient"])["value"]
+    patient = frames["patient"][0]
+    mine = (frames["patient"] == patient).to_numpy()
+    assert cells["rotation_deg", "", patient] == pytest.approx(error["rotation"][mine].mean())
+    assert cells["x_mm", "", patient] == pytest.approx(error["x"][mine].mean())
+    far = frames[[f"true_{axis}" for axis in "xyz"]].pow(2).sum(axis=1).to_numpy() ** 0.5
+    near = error["translation"][mine & (far >= 5) & (far < 10)]
+    assert cells["translation_mm", "5 to 10 mm", patient] == pytest.approx(near.mean())
+    base = errors(predict_mean_pose(data, split.test, split))["translation"][mine].mean()
+    assert cells["translation_mm", "mean pose", patient] == pytest.approx(base)
+    # On other data all frames are tested; the mean pose stays that of the training part.
+    new = measure(model, data, split, data).set_index(["measure", "condition", "patient"])["value"]
+    assert new["translation_mm", "mean pose", patient] == pytest.approx(base)
+    assert new.index.get_level_values("patient").nunique() == 6
 
 
 def test_action_alone_predicts_the_pose_only_where_it_leaks(data):

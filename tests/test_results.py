@@ -157,3 +157,57 @@ def test_missing_names_the_runs_that_are_not_stored(tmp_path):
     results.write(tmp_path, record(seed=1), table([1.0]))
     wanted = [reference.identity("laptop", "patch", seed) for seed in (1, 2)]
     assert results.missing(tmp_path, wanted) == ["laptop_a4c_patch_seed2"]
+
+
+def test_the_reference_is_what_the_plan_names(tmp_path):
+    study, plan = results.reference(fill(tmp_path, seeds=[100, 101]))
+    results.write(tmp_path, record(seed=3), table([1.0]))
+    results.write(tmp_path, record(seed=100, preset="smoke"), table([1.0]))
+    again, _ = results.reference(tmp_path)
+    assert sorted(again.runs.index) == sorted(study.runs.index) and len(again.runs) == 4
+    assert len(again.measures) == len(study.measures) and plan["preset"] == "laptop"
+
+
+def test_without_runs_or_plan_the_reference_is_empty(tmp_path):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN))
+    study, plan = results.reference(tmp_path)
+    assert study.runs.empty and set(results.verdicts(study, plan)["verdict"]) == {"untested"}
+    study, plan = results.reference(tmp_path / "none")
+    assert study.runs.empty and results.verdicts(study, plan, [0]).empty
+    means, each = results.summarise(study, "rotation_deg")
+    assert means.empty and each.empty
+
+
+def test_means_and_differences_by_hand(tmp_path):
+    for seed, values in ((1, [1.0, 2.0]), (2, [3.0, 6.0])):
+        whole = table([values[0]], "seconds").assign(patient="")
+        results.write(tmp_path, record(seed=seed), pd.concat([table(values), whole]))
+    results.write(tmp_path, record("channel", 2), table([5.0, 6.0]))
+    store = results.read(tmp_path)
+    means, each = results.summarise(store, "rotation_deg", ["", "never"])
+    assert means[["variant", "estimate", "seeds", "patients"]].to_numpy().tolist() == [
+        ["patch", 3.0, 2, 2], ["channel", 5.5, 1, 2]
+    ]  # fmt: skip
+    assert each["estimate"].tolist() == [1.5, 4.5, 5.5]
+    (row,) = results.summarise(store, "seconds")[0].to_dict("records")
+    assert (row["estimate"], row["patients"]) == (2.0, 0)
+    sides = {"variant": "patch"}, {"variant": "channel"}
+    found = results.difference(store, "rotation_deg", *sides)  # seed 2 alone has both
+    assert (found.estimate, found.seeds, found.verdict) == (1.0, 1, "untested")
+    control = {"variant": "channel", "seed": 2}
+    assert results.difference(store, "rotation_deg", control, sides[0]).estimate == -2.5
+    with pytest.raises(KeyError, match="no seed on both sides"):
+        results.difference(store, "rotation_deg", {**sides[0], "seed": [1]}, sides[1])
+
+
+def test_own_runs_have_the_form_of_a_store():
+    fold = reference.identity("own", "patch", 0)
+    one, other = table([1.0, 2.0]), table([4.0]).assign(patient="p9")
+    whole = [table([value], "seconds").assign(patient="") for value in (1.0, 3.0)]
+    parts = [pd.concat(pair) for pair in zip((one, other), whole, strict=True)]
+    store = results.own([(fold, part) for part in parts])
+    assert results.cells(store, "rotation_deg", variant="patch").to_numpy().tolist() == [[1, 2, 4]]
+    assert results.cells(store, "seconds", variant="patch").tolist() == [2]
+    assert results.own([]).runs.empty
+    with pytest.raises(ValueError, match="patch_seed0 were tested on patient p0"):
+        results.own([(fold, one), (fold, one)])

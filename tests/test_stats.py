@@ -157,6 +157,16 @@ def test_verdicts(claim, shift, noise, verdict):
     assert found.low < found.estimate < found.high
 
 
+def test_a_difference_in_words():
+    first = np.zeros((2, 3))
+    second = first + np.array([[-1.0, -1.1, -0.9], [-1.2, -1.1, -1.0]])
+    found = stats.compare(first, second)
+    assert found.words("mm") == f"1.1 mm less (95% {found.low:+.2g} to {found.high:+.2g} mm)"
+    assert stats.compare(second, first).words("").startswith("1.1 more (95% +")
+    none = stats.compare(first, first + np.array([[1.0, -1.0, 0.0]]))
+    assert none.words("deg").startswith("no difference shown (95% -")
+
+
 def test_pairing_removes_what_both_sides_share():
     rng = np.random.default_rng(0)
     first = rng.normal(0, 3, (5, 1)) + rng.normal(0, 3, (1, 24))

@@ -1,8 +1,6 @@
-"""Options of the model against its default: what to train, the trainings, their errors, the choice.
+"""Options of the model against its default: what to train, the trainings, their errors.
 
-Every option is compared with the default of the same token type, trained with the same seeds. The
-configuration to continue with is chosen on validation patients, so that its gain on test patients
-is not a product of the choice.
+Every option is compared with the default of the same token type, trained with the same seeds.
 """
 
 import multiprocessing
@@ -14,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import ValidationError
@@ -121,43 +118,6 @@ def errors(runs: Sequence[Run]) -> pd.DataFrame:
         names = {"variant": run.variant, "option": run.option, "seed": run.training.seed}
         tables.append(table.assign(**names))
     return pd.concat(tables, ignore_index=True)
-
-
-def scores(runs: Sequence[Run]) -> pd.Series:
-    """Validation error over the patch default's by (variant, option), the lowest first.
-
-    Geometric mean over mm, degrees and seeds, at the epoch whose weights are kept.
-    """
-    rows = []
-    for run in runs:
-        metrics = pd.read_csv(run.folder / "metrics.csv")
-        kept = metrics.loc[metrics["val_loss"].idxmin()]
-        both = np.log(kept[["val_translation_mm", "val_rotation_deg"]].astype(float)).mean()
-        rows.append((run.variant, run.option, both))
-    table = pd.DataFrame(rows, columns=["variant", "option", "log"])
-    mean = table.groupby(["variant", "option"])["log"].mean()
-    reference = "patch" if ("patch", DEFAULT) in mean else runs[0].variant
-    return np.exp(mean - mean[reference, DEFAULT]).sort_values()
-
-
-def combined(
-    score: pd.Series, options: Mapping[str, Mapping[str, Any]], model: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """Variant and fields of all options that lower its validation `score`, the best of each field.
-
-    The variant is that of the lowest score. An option that ModelConfig refuses beside better ones
-    is left out; there are no fields where nothing improves on the default.
-    """
-    variant, fields = score.index[0][0], {}
-    own = score[variant]
-    for option in own[own < own[DEFAULT]].index:
-        wider = {**options.get(option, {}), **fields}
-        try:
-            ModelConfig(**{**model, "token_type": variant, **wider})
-        except ValidationError:
-            continue
-        fields = wider
-    return variant, fields
 
 
 def _end_with_parent() -> None:

@@ -22,6 +22,7 @@ TRUE = [f"true_{axis}" for axis in poses.AXES]
 PREDICTED = [f"predicted_{axis}" for axis in poses.AXES]
 UNITS = dict(zip(poses.AXES, poses.UNITS, strict=True)) | {"translation": "mm", "rotation": "deg"}
 BASELINE = "mean pose"
+NEAR = {"translation": (5.0, 10.0), "rotation": (15.0, 30.0)}  # limits of three distances, mm, deg
 
 
 def predict(
@@ -89,29 +90,38 @@ def accuracy(predictions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(frames=len(reference), patients=len(means[name]))
 
 
-def by_seed(
-    predictions: Mapping[str, pd.DataFrame], seeds: Mapping[str, int]
-) -> dict[int, pd.DataFrame]:
-    """Predictions of one variant's runs per training seed, the folds of a seed put together.
+def measure(
+    model: CardiacDreamer,
+    train_data: Transitions,
+    split: Split,
+    test_data: Transitions | None = None,
+) -> pd.DataFrame:
+    """Single-frame errors of one run by patient: measure, condition, patient, value.
 
-    `predictions` maps a run to its table of `predict`, `seeds` a run to its seed. Raises ValueError
-    where two folds of a seed share patients, or the seeds cover different frames.
+    Of the six axes, translation_mm and rotation_deg over all frames, and of the last two by
+    distance from the target ("over 10 mm"); beside each the mean-pose baseline's ("mean pose, over
+    10 mm"). `test_data`: transitions of unseen patients to test on, all of them, in place of the
+    test part of `train_data`.
     """
-    folds: dict[int, list[pd.DataFrame]] = {}
-    for run, table in predictions.items():
-        folds.setdefault(seeds[run], []).append(table)
-    place = ["patient", "row"]
-    tables = {}
-    for seed in sorted(folds):
-        table = pd.concat(folds[seed]).sort_values(place, kind="stable", ignore_index=True)
-        if sum(t["patient"].nunique() for t in folds[seed]) > table["patient"].nunique():
-            raise ValueError(f"seed {seed}: two of its runs were tested on the same patients")
-        tables[seed] = table
-    first, *others = tables
-    for seed in others:
-        if not tables[seed][place].equals(tables[first][place]):
-            raise ValueError(f"seed {seed} was tested on other frames than seed {first}")
-    return tables
+    data, indices = train_data, split.test
+    if test_data is not None:
+        data, indices = test_data, np.arange(len(test_data))
+    frames = predict(model, data, indices, split)
+    mean = dict(zip(PREDICTED, mean_pose(train_data.singles(split.train)[1]).tolist(), strict=True))
+    true = torch.from_numpy(frames[TRUE].to_numpy())
+    away = dict(zip(NEAR, poses.errors(true, torch.zeros_like(true))[1:], strict=True))
+    tables = []
+    for name, table in (("", frames), (BASELINE, frames.assign(**mean))):
+        error = errors(table).melt("patient", var_name="kind")
+        error["measure"] = error["kind"] + "_" + error["kind"].map(UNITS)
+        tables.append(error.assign(condition=name))
+        for kind, (low, high) in NEAR.items():
+            words = np.array([f"to {low:g}", f"{low:g} to {high:g}", f"over {high:g}"])
+            place = pd.Series(words[np.digitize(away[kind], (low, high))]) + f" {UNITS[kind]}"
+            place = (f"{name}, " + place).str.removeprefix(", ").to_numpy()
+            tables.append(error[error["kind"] == kind].assign(condition=place))
+    keys = ["measure", "condition", "patient"]
+    return pd.concat(tables).groupby(keys, sort=False)["value"].mean().reset_index()
 
 
 def predict_action_only(

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from dreamer import load_run, poses
+from dreamer import load_run
 from dreamer.data import Split, Transitions
 from dreamer.model import CardiacDreamer, ModelConfig
 from dreamer.phantom import generate
@@ -26,7 +25,6 @@ from dreamer.study import accuracy, closed_loop, cost, imagination, maps, result
 log = logging.getLogger(__name__)
 
 PRESETS = Path(__file__).parents[2] / "notebooks" / "parameters"
-NEAR = {"translation": (5.0, 10.0), "rotation": (15.0, 30.0)}  # limits of three distances, mm, deg
 ORDER = ("none", "patch", "channel")
 
 
@@ -164,48 +162,14 @@ def _run(name, wanted, plan, store, work, data, configs, lacking, until) -> str:
 # Measures: families of the store
 
 
-def _rows(cells: pd.DataFrame | pd.Series, condition: str = "") -> pd.DataFrame:
-    """Rows of the store from means by patient, one column per measure."""
-    table = cells.rename_axis("patient").reset_index()
-    return table.melt("patient", var_name="measure").assign(condition=condition)
-
-
-def measure_accuracy(bench: Bench) -> pd.DataFrame:
-    """Single-frame errors: over all frames, by distance from the target, and of the mean pose."""
-    everything = np.arange(len(bench.test))
-    frames = accuracy.predict(bench.model, bench.test, everything, bench.split)
-    mean = accuracy.predict_mean_pose(bench.train, bench.split.train, bench.split)
-    units = {m: f"{m}_{u}" for m, u in accuracy.UNITS.items()}
-    true = torch.from_numpy(frames[accuracy.TRUE].to_numpy())
-    far = poses.errors(true, torch.zeros_like(true))
-    distance = {"translation": far.translation.numpy(), "rotation": far.rotation.numpy()}
-    tables = []
-    for name, table in (
-        ("", frames),
-        (results.BASELINE, frames.assign(**mean.iloc[0][accuracy.PREDICTED])),
-    ):
-        error = accuracy.errors(table).rename(columns=units)
-        tables.append(_rows(error.groupby("patient").mean(), name))
-        for kind, limits in NEAR.items():
-            column = units[kind]
-            unit = column.split("_")[1]
-            place = np.digitize(distance[kind], limits)
-            for k, words in enumerate(
-                (f"to {limits[0]:g}", "{:g} to {:g}".format(*limits), f"over {limits[1]:g}")
-            ):
-                cells = error[place == k].groupby("patient")[[column]].mean()
-                tables.append(_rows(cells, f"{name}, {words} {unit}".removeprefix(", ")))
-    return pd.concat(tables)
-
-
-def measure_convergence(bench: Bench) -> pd.DataFrame:
-    """Validation errors on the way, by images and by FLOP; they belong to the whole run.
+def measure_convergence(run: str | Path) -> pd.DataFrame:
+    """Validation errors of a run's folder on the way, by images and by FLOP, of the whole run.
 
     Conditions: "mean" over the epochs (the area under the curve), shares of the run's images, and
     shares of the FLOP that patch tokens take for as many images.
     """
-    curve = pd.read_csv(bench.run / "metrics.csv")
-    config = load_config(bench.run)[0]
+    curve = pd.read_csv(Path(run) / "metrics.csv")
+    config = load_config(run)[0]
     reference = config.model_copy(update={"token_type": "patch", "reads": "tokens"})
     flop = sum(cost.flops(config).values()) / sum(cost.flops(reference).values())
     rows = []
@@ -260,8 +224,8 @@ def measure_robustness(bench: Bench) -> pd.DataFrame:
 
 
 MEASURED: dict[str, Callable[[Bench], pd.DataFrame]] = {
-    "accuracy": measure_accuracy,
-    "convergence": measure_convergence,
+    "accuracy": lambda b: accuracy.measure(b.model, b.train, b.split, b.test),
+    "convergence": lambda b: measure_convergence(b.run),
     "imagination": measure_imagination,
     "space": measure_space,
     "maps": measure_maps,

@@ -10,7 +10,9 @@ its unit; `condition` says what was varied or which control it is. The value is 
 over frames, pairs or searches; a value of the whole run has no patient.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,8 +117,45 @@ def read(store: str | Path) -> Store:
             curves.append(pd.read_csv(table).assign(run=name))
     runs = pd.DataFrame.from_dict(records, orient="index")
     runs.index.name = "run"
-    empty = pd.DataFrame(columns=[*MEASURES, "run"])
-    return Store(runs, pd.concat(measures) if measures else empty, pd.concat(curves or [empty]))
+    _, no_measures, no_curves = _empty()
+    return Store(runs, pd.concat(measures or [no_measures]), pd.concat(curves or [no_curves]))
+
+
+def reference(store: str | Path) -> tuple[Store, dict[str, Any]]:
+    """The runs of the plan's preset and seeds, and the plan; without rows and claims where there
+    are none."""
+    here, plan = Path(store), {"preset": "", "seeds": [], "claims": []}
+    if (here / "plan.yaml").is_file():
+        plan = load_plan(here)
+    found = read(here) if any(here.glob("*/run.json")) else _empty()
+    runs = found.runs
+    runs = runs[(runs["preset"] == plan["preset"]) & runs["seed"].isin(plan["seeds"])]
+    rows = (table[table["run"].isin(runs.index)] for table in found[1:])
+    return Store(runs, *rows), plan
+
+
+def own(measured: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> Store:
+    """Runs measured here, each its identity and measures, as a store without curves.
+
+    Folds of one variant and seed are one run. Raises ValueError where two were tested on the same
+    patient.
+    """
+    if not measured:
+        return _empty()
+    keys = ["run", *MEASURES[1:4]]
+    names = [run_name(identity) for identity, _ in measured]
+    rows = pd.concat([t.assign(run=n) for n, (_, t) in zip(names, measured, strict=True)])
+    twice = rows[rows["patient"].ne("") & rows.duplicated(keys)]
+    if len(twice):
+        run, _, _, patient = twice.iloc[0][keys]
+        raise ValueError(f"two runs of {run} were tested on patient {patient}")
+    runs = pd.DataFrame([identity for identity, _ in measured], names, list(RECORD))
+    rows = rows.groupby(keys, sort=False)["value"].mean().reset_index()
+    return Store(runs[~runs.index.duplicated()], rows, _empty().curves)
+
+
+def _empty() -> Store:
+    return Store(*(pd.DataFrame(columns=names) for names in (RECORD, [*MEASURES, "run"], ["run"])))
 
 
 def families(store: str | Path, name: str) -> set[str]:
@@ -177,6 +216,54 @@ def cells(
     if (rows["patient"] == "").all():
         return rows.set_index("seed")["value"].sort_index()
     return stats.matrix(rows, "value")
+
+
+def summarise(
+    store: Store,
+    measure: str,
+    conditions: Sequence[str] = ("",),
+    variants: Sequence[str] = ("patch", "channel", "none"),
+    **identity: Any,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Means with 95% intervals over seeds and patients (variant, condition, estimate, low, high,
+    seeds, patients), and the estimates of single seeds; without what is not stored."""
+    means, each = [], []
+    for condition, variant in itertools.product(conditions, variants):
+        with contextlib.suppress(KeyError):
+            values = cells(store, measure, condition, variant=variant, **identity)
+            place = {"variant": variant, "condition": condition}
+            over = "seeds" if isinstance(values, pd.Series) else "both"
+            means.append(place | stats.interval(values, over=over)._asdict())
+            single = values if over == "seeds" else values.mean(axis=1)
+            each += [place | {"seed": seed, "estimate": value} for seed, value in single.items()]
+    columns = ["variant", "condition", *stats.Interval._fields]
+    return pd.DataFrame(means, columns=columns), pd.DataFrame(each, columns=[*columns, "seed"])
+
+
+def difference(
+    store: Store,
+    measure: str,
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    margin: float | None = None,
+    test: stats.Claim = "less",
+) -> stats.Comparison:
+    """Second - first of a measure (`stats.compare`), each side given by identity, `condition`,
+    `minus` and `measure` as in the plan, for the seeds that both have: a store grows one run at a
+    time. A first side with a seed of its own is a control, one value per patient.
+
+    Raises KeyError where a side is not stored or no seed is on both.
+    """
+    one, other = (_side(store, measure, side) for side in (first, second))
+    if isinstance(first.get("seed"), int):
+        one = one.iloc[0]
+    else:
+        both = one.index.intersection(other.index)
+        if both.empty:
+            raise KeyError("no seed on both sides")
+        one, other = one.loc[both], other.loc[both]
+    over = "seeds" if isinstance(other, pd.Series) else "both"
+    return stats.compare(one, other, margin, test, over=over)
 
 
 def _side(store: Store, measure: str, side: Mapping[str, Any]) -> pd.DataFrame | pd.Series:
@@ -247,13 +334,12 @@ def verdicts(
     seeds = list(seeds or plan["seeds"])
     compared: list[stats.Comparison | None] = []
     for claim in plan["claims"]:
-        sides = [{"preset": plan["preset"], "seed": seeds, **claim[s]} for s in ("first", "second")]
+        shared = {"preset": plan["preset"], "seed": seeds}
         try:
+            sides = [shared | claim[side] for side in ("first", "second")]
             margin = _margin(store, claim, sides)
-            first, second = (_side(store, claim["measure"], side) for side in sides)
-            first, second = _matched(first, second, claim)
-            over = "seeds" if isinstance(second, pd.Series) else "both"
-            compared.append(stats.compare(first, second, margin, claim["test"], over=over))
+            found = difference(store, claim["measure"], *sides, margin, claim["test"])
+            compared.append(found)
         except KeyError:
             compared.append(None)
     rows = []
@@ -269,18 +355,8 @@ def verdicts(
             if row["verdict"] not in ("untested", "inconclusive") and row["seeds"] < fewest:
                 row["verdict"] = "inconclusive"
             rows.append((k, row))
-    return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])
-
-
-def _matched(first: Any, second: Any, claim: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Both sides for the seeds that both have: a store grows one run at a time. A control, with a
-    seed of its own, keeps one value per patient."""
-    if "seed" in claim["first"]:
-        return first.iloc[0], second
-    both = first.index.intersection(second.index)
-    if both.empty:
-        raise KeyError("no seed on both sides")
-    return first.loc[both], second.loc[both]
+    rows.sort(key=lambda pair: pair[0])
+    return pd.DataFrame([row for _, row in rows], columns=stats.COLUMNS)
 
 
 def missing(store: str | Path, wanted: Sequence[Mapping[str, Any]]) -> list[str]:

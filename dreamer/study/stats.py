@@ -104,6 +104,14 @@ class Comparison:
     verdict: str
     spread: "_Spread" = field(repr=False)
 
+    def words(self, unit: str) -> str:
+        """The difference for a figure's title: "0.31 mm less (95% ...)", "no difference shown"."""
+        limits = f"95% {self.low:+.2g} to {self.high:+.2g} {unit}".rstrip()
+        if self.low <= 0 <= self.high:
+            return f"no difference shown ({limits})"
+        sign = "less" if self.estimate < 0 else "more"
+        return " ".join([f"{abs(self.estimate):.2g}", *unit.split(), sign, f"({limits})"])
+
 
 def matrix(
     table: pd.DataFrame, value: str, seed: str = "seed", patient: str = "patient"
