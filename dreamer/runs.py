@@ -33,8 +33,9 @@ class TrainingConfig(BaseModel):
     pairs that become "no motion"; `reverse`: share that is time-reversed. `batch_size`: of all
     processes together; an optimiser step takes `accumulate` of them. `steps_per_epoch`: batches, 0
     is one pass over the data. `optimizer`: AdamW as published, or Muon. The learning rate follows
-    one cycle. `patience`: epochs without a better validation loss before stopping, 0 never stops.
-    `init`: folder of a run whose weights the training starts from, all that fit (fine-tuning).
+    one cycle. `val_pairs`: transitions validated after each epoch, evenly among those of the
+    validation part; 0 is all. `patience`: epochs without a better validation loss before stopping,
+    0 never stops. `init`: folder of a run whose weights the training starts from, all that fit.
     `split`: patient, blocks (of time, in one scan) or auto (patient where there are three). `val`,
     `test`: patients, a number or names. `precision`: auto is bf16 where the machine has it.
     `devices`: on each of `nodes`.
@@ -61,6 +62,7 @@ class TrainingConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     split: Literal["auto", "patient", "blocks"] = "auto"
     val: int | list[str] = 12
+    val_pairs: int = Field(0, ge=0)
     test: int | list[str] = 24
     blocks: int = Field(30, ge=6)
     gap: int = Field(2, ge=0)
@@ -122,7 +124,8 @@ def versions() -> dict[str, str]:
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     cpu = f"CPU, {torch.get_num_threads()} threads"
-    return {name: importlib.metadata.version(name) for name in VERSIONED} | {
+    present = {d.name for d in importlib.metadata.distributions()}
+    return {n: importlib.metadata.version(n) for n in VERSIONED if n in present} | {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,

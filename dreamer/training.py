@@ -132,6 +132,7 @@ class TransitionsModule(pl.LightningDataModule):
         seed: int = 0,
         steps_per_epoch: int = 0,
         reverse: float = 0.0,
+        val_pairs: int = 0,
     ):
         super().__init__()
         if batch_size > len(split.train):
@@ -141,6 +142,8 @@ class TransitionsModule(pl.LightningDataModule):
         self.data, self.split, self.batch_size = data, split, batch_size
         self.identity, self.seed, self.reverse = identity, seed, reverse
         self.steps = steps_per_epoch or len(split.train) // batch_size
+        count = min(val_pairs, len(split.val)) or len(split.val)
+        self.val = split.val[np.linspace(0, len(split.val) - 1, count).astype(int)]
 
     def _loader(self, indices: NDArray, still: NDArray, back: NDArray) -> DataLoader:
         trainer = self.trainer
@@ -163,8 +166,8 @@ class TransitionsModule(pl.LightningDataModule):
         return self._loader(order, still, back)
 
     def val_dataloader(self) -> DataLoader:
-        # Every transition as recorded and as "no motion", which is the single-frame prediction.
-        indices = np.repeat(self.split.val, 2)
+        # Each transition as recorded and as "no motion", which is the single-frame prediction.
+        indices = np.repeat(self.val, 2)
         still = np.arange(len(indices)) % 2 == 1
         return self._loader(indices, still, np.zeros(len(indices), bool))
 
@@ -309,7 +312,7 @@ class Record(pl.Callback):
     Lightning's CSVLogger deletes an existing metrics.csv when a run resumes.
     """
 
-    def __init__(self, folder: Path, on_epoch: Callable[[pd.DataFrame], None] | None):
+    def __init__(self, folder: Path, on_epoch: Callable[[pd.DataFrame], Any] | None):
         self.folder, self.on_epoch = folder, on_epoch
         self.rows: list[dict[str, float]] = []
         self.best, self.spent = float("inf"), 0.0
@@ -350,8 +353,8 @@ class Record(pl.Callback):
         table = pd.DataFrame(self.rows)
         write_whole(self.folder / "metrics.csv", table.to_csv(index=False).encode())
         log.info("epoch %d: %s", len(table), {k: round(v, 4) for k, v in metrics.items()})
-        if self.on_epoch is not None:
-            self.on_epoch(table)
+        if self.on_epoch is not None and self.on_epoch(table):
+            trainer.should_stop = True
 
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:
@@ -400,7 +403,7 @@ def _launch(
     training: TrainingConfig,
     data: Transitions,
     folder: Path,
-    on_epoch: Callable[[pd.DataFrame], None] | None,
+    on_epoch: Callable[[pd.DataFrame], Any] | None,
 ) -> pd.DataFrame:
     """`fit` in one process per device, by torchrun: the kernel of a notebook cannot be forked."""
     if training.nodes > 1:
@@ -477,7 +480,7 @@ def fit(
     training: TrainingConfig,
     data: Transitions,
     folder: str | Path,
-    on_epoch: Callable[[pd.DataFrame], None] | None = None,
+    on_epoch: Callable[[pd.DataFrame], Any] | None = None,
 ) -> pd.DataFrame:
     """Train one run in `folder`, or resume it where it stopped; returns its metrics by epoch.
 
@@ -485,7 +488,8 @@ def fit(
         model, training: configurations.
         data: the transitions, read at the model's `image_size`.
         folder: the run's folder, see `dreamer.runs`.
-        on_epoch: called with the table so far after every epoch.
+        on_epoch: called with the table so far after every epoch; in a run of one process, a true
+            answer stops it there, and the same call resumes it.
 
     With `devices` over one, processes are started for them, unless torchrun or srun has done so.
     Raises ValueError if the folder belongs to another configuration, OSError with too little disk,
@@ -541,6 +545,7 @@ def fit(
         training.seed,
         training.steps_per_epoch,
         training.reverse,
+        training.val_pairs,
     )
     # With a weight of zero the reconstruction's head has no gradient.
     idle = net.world is not None and training.reconstruction == 0

@@ -216,7 +216,6 @@ def test_refuses_configurations(fields, message):
         ModelConfig(**fields)
 
 
-
 class Original(torch.nn.Module):
     """The published system from library parts alone, written without reference to dreamer."""
 

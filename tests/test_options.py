@@ -34,7 +34,6 @@ def identity(tokens):
     return tokens
 
 
-
 @pytest.mark.parametrize(
     ("fields", "more"),
     [

@@ -17,7 +17,8 @@ CORE = (
     "attribution plots pipeline page"
 ).split()
 STUDY = (
-    "stats results accuracy cost ground_truth faithfulness maps closed_loop explore ablation"
+    "stats results accuracy cost ground_truth faithfulness maps closed_loop explore ablation "
+    "reference"
 ).split()
 ORDER = [*CORE, *(f"study.{name}" for name in STUDY)]
 CONDA = {

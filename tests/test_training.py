@@ -296,6 +296,15 @@ def test_patience_stops_early(folder, tmp_path):
     assert table["val_loss"].idxmin() == len(table) - 3
 
 
+def test_validation_is_thinned_evenly(folder):
+    data = Transitions(folder)
+    split = split_by_patient(data, 1, 1)
+    batches = TransitionsModule(data, split, 4, val_pairs=3)
+    first, *_, last = batches.val
+    assert (len(batches.val), first, last) == (3, split.val[0], split.val[-1])
+    assert len(TransitionsModule(data, split, 4).val) == len(split.val)
+
+
 def test_accumulated_batches_are_one_large_batch(folder, tmp_path):
     # An identity of 0 draws nothing, and without the feature terms a loss is a mean over pairs.
     plain = dict(feature=0, reconstruction=0, identity=0, epochs=1)

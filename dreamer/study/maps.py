@@ -44,6 +44,7 @@ def measure(
     tested: int = 8,
     targets: Sequence[str] = ("rotation", "translation"),
     seed: int = 0,
+    training: Tensor | None = None,
 ) -> pd.DataFrame:
     """Every measure of this module for one model: measure, condition, patient, value.
 
@@ -58,6 +59,8 @@ def measure(
             noise and random weights.
         targets: that methods are scored for, the main one first.
         seed: draws frames, random maps, noise and weights.
+        training: uint8 [N, 1, S, S], frames behind the baselines where `data` are other patients
+            than those of the training, and `split` has no training part.
 
     Measures (the condition in brackets; "method" includes controls):
 
@@ -73,7 +76,9 @@ def measure(
       shortcut_translation_mm, shortcut_rotation_deg [change of the frame].
     - With a transformer: see `imagination` and `attention`.
     """
-    seen = faithfulness.view(model, ground_truth.draw(data, indices, split, frames, seed))
+    sample = ground_truth.draw(data, indices, split, frames, seed)
+    sample = sample if training is None else sample._replace(training=training)
+    seen = faithfulness.view(model, sample)
     part = seen.take(slice(scored))
     attends = [] if model.world is None else list(ATTENTION)
     ablation = dict(zip(TARGETS, faithfulness.maps(seen, "ablation", TARGETS), strict=True))

@@ -1,0 +1,289 @@
+"""The results store: small tables of trained runs, which any machine can add to, and the verdicts.
+
+    <store>/plan.yaml                   claims, measures, margins, tests and seeds, see `load_plan`
+    <store>/<run>/run.json              what was trained and measured, where, and how long it took
+                 /measures.csv.gz       MEASURES, one row per value of a test patient
+                 /curve.csv             the training's metrics by epoch
+
+Stores of several machines are merged by copying the runs' folders into one. A measure is named with
+its unit; `condition` says what was varied or which control it is. The value is a patient's mean
+over frames, pairs or searches; a value of the whole run has no patient.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from dreamer.files import write_whole
+from dreamer.study import stats
+
+MEASURES = ["family", "measure", "condition", "patient", "value"]
+FAMILIES = (
+    "accuracy convergence imagination space maps closed_loop robustness cost origin real"
+).split()
+# What makes two runs the same measurement; `change` names a deviation from the preset.
+IDENTITY = ["preset", "variant", "reads", "plane", "change", "seed"]
+RECORD = {
+    **dict.fromkeys(["preset", "variant", "reads", "plane", "change"], str),
+    **dict.fromkeys(["seed", "tokens", "parameters", "steps", "images"], int),
+    **dict.fromkeys(["flop", "seconds"], float),
+    **dict.fromkeys(["data", "test", "plan", "precision"], str),
+    "versions": dict,
+}
+CLAIM = {"family", "claim", "published", "measure", "unit", "first", "second", "test", "margin"}
+FEWEST_SEEDS = 8  # for a verdict on token types
+BASELINE = "mean pose"  # a condition
+
+
+class Store(NamedTuple):
+    """`runs`: a row per run, by its name; `measures` and `curves`: their rows, with `run`."""
+
+    runs: pd.DataFrame
+    measures: pd.DataFrame
+    curves: pd.DataFrame
+
+
+def run_name(identity: Mapping[str, Any]) -> str:
+    """The folder of a run, from its IDENTITY."""
+    parts = [identity["preset"], identity["plane"], identity["variant"]]
+    parts += ["reads-action"] if identity["reads"] == "action" else []
+    parts += [identity["change"].replace(" ", "-")] if identity["change"] else []
+    return "_".join([*parts, f"seed{identity['seed']}"])
+
+
+def write(
+    store: str | Path,
+    record: Mapping[str, Any],
+    measures: pd.DataFrame | None = None,
+    curve: pd.DataFrame | None = None,
+) -> Path:
+    """Add a run, or measures of further families to it; returns its folder.
+
+    The rows of a family that is there already are replaced. Raises ValueError where the record or
+    a table does not follow the schema; nothing is written then.
+    """
+    folder = Path(store) / run_name(record)
+    _check_record(record, folder / "run.json")
+    file = folder / "measures.csv.gz"
+    if measures is not None:
+        measures = measures[MEASURES]
+        if file.is_file():
+            old = _read_measures(file)
+            measures = pd.concat([old[~old["family"].isin(set(measures["family"]))], measures])
+        measures = measures.sort_values(MEASURES[:4], kind="stable", ignore_index=True)
+        _check_measures(measures, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "run.json", json.dumps(dict(record), indent=1, sort_keys=True).encode())
+    if curve is not None:
+        write_whole(folder / "curve.csv", curve.to_csv(index=False, float_format="%.5g").encode())
+    if measures is not None:
+        part = folder / ".measures.csv.gz"
+        packed = {"method": "gzip", "mtime": 0}  # equal tables are equal bytes
+        measures.to_csv(part, index=False, float_format="%.5g", compression=packed)
+        part.replace(file)
+    return folder
+
+
+def read(store: str | Path) -> Store:
+    """All runs of a store, checked.
+
+    Raises FileNotFoundError where there is none, ValueError naming file and field where one does
+    not follow the schema, or two folders hold the same run.
+    """
+    files = sorted(Path(store).glob("*/run.json"))
+    if not files:
+        raise FileNotFoundError(f"{store}: no run; add some with python -m dreamer.study train")
+    records, measures, curves = {}, [], []
+    for file in files:
+        record = json.loads(file.read_text())
+        _check_record(record, file)
+        name = run_name(record)
+        if name != file.parent.name:
+            raise ValueError(f"{file}: describes {name}; rename the folder, or remove it")
+        records[name] = record
+        if (table := file.parent / "measures.csv.gz").is_file():
+            rows = _read_measures(table)
+            _check_measures(rows, table)
+            measures.append(rows.assign(run=name))
+        if (table := file.parent / "curve.csv").is_file():
+            curves.append(pd.read_csv(table).assign(run=name))
+    runs = pd.DataFrame.from_dict(records, orient="index")
+    runs.index.name = "run"
+    empty = pd.DataFrame(columns=[*MEASURES, "run"])
+    return Store(runs, pd.concat(measures) if measures else empty, pd.concat(curves or [empty]))
+
+
+def families(store: str | Path, name: str) -> set[str]:
+    """The families that are stored of a run, by the name of its folder."""
+    file = Path(store) / name / "measures.csv.gz"
+    return set(_read_measures(file)["family"]) if file.is_file() else set()
+
+
+def _read_measures(file: Path) -> pd.DataFrame:
+    text = {"patient": str, "condition": str}
+    return pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"value": [""]})
+
+
+def _check_record(record: Mapping[str, Any], file: Path) -> None:
+    for field, kind in RECORD.items():
+        value = record.get(field)
+        if isinstance(value, bool) or not isinstance(value, (kind, int) if kind is float else kind):
+            raise ValueError(f"{file}: {field} is {value!r}, not {kind.__name__}")
+
+
+def _check_measures(table: pd.DataFrame, file: Path) -> None:
+    if list(table.columns) != MEASURES:
+        raise ValueError(f"{file}: columns {list(table.columns)}, not {MEASURES}")
+    if unknown := set(table["family"]) - set(FAMILIES):
+        raise ValueError(f"{file}: unknown family {', '.join(sorted(unknown))}")
+    twice = table.duplicated(MEASURES[:4])
+    bad = twice | ~np.isfinite(pd.to_numeric(table["value"], errors="coerce"))
+    if bad.any():
+        row = table[bad].iloc[0]
+        what = "twice" if twice[bad].iloc[0] else f"with the value {row['value']}"
+        place = " / ".join(str(row[name]) for name in MEASURES[:4])
+        raise ValueError(f"{file}: {place} stands there {what}")
+
+
+# Reading values
+
+
+def cells(
+    store: Store, measure: str, condition: str = "", **identity: Any
+) -> pd.DataFrame | pd.Series:
+    """Values [seeds, patients] of a measure for the runs of an `identity`; by seed alone for values
+    of whole runs.
+
+    Fields of IDENTITY that are not given defer to reads "tokens", plane "a4c" and no change. Raises
+    KeyError where nothing is stored, ValueError where a seed lacks patients.
+    """
+    wanted = {"reads": "tokens", "plane": "a4c", "change": ""} | identity
+    chosen = store.runs
+    for field, value in wanted.items():
+        allowed = value if isinstance(value, (list, tuple, range)) else [value]
+        chosen = chosen[chosen[field].isin(allowed)]
+    rows = store.measures
+    rows = rows[(rows["measure"] == measure) & (rows["condition"] == condition)]
+    rows = rows[rows["run"].isin(chosen.index)]
+    if rows.empty:
+        raise KeyError(f"{measure} ({condition or 'no condition'}) is not stored for {wanted}")
+    rows = rows.assign(seed=rows["run"].map(chosen["seed"]))
+    if (rows["patient"] == "").all():
+        return rows.set_index("seed")["value"].sort_index()
+    return stats.matrix(rows, "value")
+
+
+def _side(store: Store, measure: str, side: Mapping[str, Any]) -> pd.DataFrame | pd.Series:
+    """Values of one side of a claim: its identity, `condition` and, where it is another, `measure`.
+
+    `minus` names the fields that differ in what is subtracted, such as a control of the same runs.
+    """
+    terms = [{"measure": measure, **side}]
+    minus = terms[0].pop("minus", None)
+    if minus is not None:
+        terms.append(terms[0] | minus)
+    values = [cells(store, **term) for term in terms]
+    return values[0] if minus is None else values[0] - values[1].loc[values[0].index]
+
+
+def _margin(store: Store, claim: Mapping[str, Any], sides: Sequence[Mapping[str, Any]]) -> Any:
+    """The margin of a claim: a number or null as in the plan, or a share of what is learned."""
+    margin = claim["margin"]
+    if not isinstance(margin, Mapping):
+        return margin
+    measure = margin.get("of", claim["measure"])
+    runs = [{name: side[name] for name in IDENTITY if name in side} for side in sides]
+    reached, baseline = (
+        np.mean([np.mean(cells(store, measure, condition, **run)) for run in runs])
+        for condition in ("", BASELINE)
+    )
+    return margin["learned"] * float(baseline - reached)
+
+
+# The plan and its verdicts
+
+
+def load_plan(store: str | Path) -> dict[str, Any]:
+    """The analysis plan of a store, checked, with its digest as `hash`.
+
+    `seeds`, `preset`, `test` (the new patients) and `claims`: of each the family, the claim in
+    words, what was published, measure and unit, the sides `first` and `second` (see `compare` in
+    `dreamer.study.stats`: the difference is second - first), the test, and the margin: a number,
+    `{learned: share, of: measure}` of what is learned over the mean-pose baseline, or null. A side
+    with a `seed` of its own is a control without seeds. Raises ValueError naming the claim and the
+    field.
+    """
+    file = Path(store) / "plan.yaml"
+    content = file.read_bytes()
+    plan = yaml.safe_load(content)
+    for number, claim in enumerate(plan["claims"]):
+        who = f"{file}: claim {number + 1}"
+        if lacking := CLAIM - set(claim):
+            raise ValueError(f"{who} lacks {', '.join(sorted(lacking))}")
+        if unknown := set(claim) - CLAIM - {"tokens"}:
+            raise ValueError(f"{who}: unknown field {', '.join(sorted(unknown))}")
+        if claim["family"] not in FAMILIES:
+            raise ValueError(f"{who}: unknown family {claim['family']}")
+    return plan | {"hash": hashlib.blake2b(content, digest_size=6).hexdigest()}
+
+
+def verdicts(
+    store: Store,
+    plan: Mapping[str, Any],
+    seeds: Sequence[int] | None = None,
+    fewest: int = FEWEST_SEEDS,
+) -> pd.DataFrame:
+    """The verdict table (`stats.COLUMNS`), one row per claim of the plan, Holm within a family.
+
+    `seeds`: those of the plan, or a part of them. A claim on token types from fewer than `fewest`
+    seeds is inconclusive at most; a claim that was not measured is untested.
+    """
+    seeds = list(seeds or plan["seeds"])
+    compared: list[stats.Comparison | None] = []
+    for claim in plan["claims"]:
+        sides = [{"preset": plan["preset"], "seed": seeds, **claim[s]} for s in ("first", "second")]
+        try:
+            margin = _margin(store, claim, sides)
+            first, second = (_side(store, claim["measure"], side) for side in sides)
+            first, second = _matched(first, second, claim)
+            over = "seeds" if isinstance(second, pd.Series) else "both"
+            compared.append(stats.compare(first, second, margin, claim["test"], over=over))
+        except KeyError:
+            compared.append(None)
+    rows = []
+    for family in dict.fromkeys(claim["family"] for claim in plan["claims"]):
+        at = [k for k, claim in enumerate(plan["claims"]) if claim["family"] == family]
+        measured = [k for k in at if compared[k] is not None]
+        found = dict(zip(measured, stats.holm([compared[k] for k in measured]), strict=True))
+        for k in at:
+            claim = plan["claims"][k]
+            words = {name: claim[name] for name in ("family", "claim", "published", "unit")}
+            words |= {"size": plan["preset"], "tokens": claim.get("tokens", "50 / 513")}
+            row = stats.verdict_row(found.get(k), **words, source=claim["measure"])
+            if row["verdict"] not in ("untested", "inconclusive") and row["seeds"] < fewest:
+                row["verdict"] = "inconclusive"
+            rows.append((k, row))
+    return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])
+
+
+def _matched(first: Any, second: Any, claim: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Both sides for the seeds that both have: a store grows one run at a time. A control, with a
+    seed of its own, keeps one value per patient."""
+    if "seed" in claim["first"]:
+        return first.iloc[0], second
+    both = first.index.intersection(second.index)
+    if both.empty:
+        raise KeyError("no seed on both sides")
+    return first.loc[both], second.loc[both]
+
+
+def missing(store: str | Path, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the wanted runs that a store lacks."""
+    names = map(run_name, wanted)
+    return [name for name in names if not (Path(store) / name / "run.json").is_file()]

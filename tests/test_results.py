@@ -1,0 +1,159 @@
+"""The results store: schema, merging, and verdicts from a plan."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from dreamer.study import reference, results
+
+PLAN = {
+    "preset": "laptop",
+    "seeds": list(range(100, 110)),
+    "data": {"patients": 8, "frames": 6, "seed": 0},
+    "test": {"patients": 3, "frames": 6, "seed": 7},
+    "claims": [
+        {
+            "family": "accuracy", "claim": "patch is not worse than channel",
+            "published": "equal accuracy", "measure": "rotation_deg", "unit": "deg",
+            "first": {"variant": "channel"}, "second": {"variant": "patch"},
+            "test": "not worse", "margin": {"learned": 0.1},
+        },
+        {
+            "family": "imagination", "claim": "imagined poses are better than ignored motions",
+            "published": "", "measure": "imagined_rotation_deg", "unit": "deg",
+            "first": {"variant": "patch", "condition": "ignored"},
+            "second": {"variant": "patch", "condition": "imagined"},
+            "test": "less", "margin": None,
+        },
+        {
+            "family": "cost", "claim": "never measured", "published": "", "measure": "seconds",
+            "unit": "s", "first": {"variant": "patch"}, "second": {"variant": "channel"},
+            "test": "less", "margin": None,
+        },
+    ],
+}  # fmt: skip
+
+
+def record(variant="patch", seed=100, **fields):
+    found = reference.identity("laptop", variant, seed)
+    found |= {"tokens": 50, "parameters": 1, "steps": 640, "images": 20480}
+    found |= {"flop": 1e12, "seconds": 200.0, "data": "d", "test": "t", "plan": "p"}
+    return found | {"precision": "fp32", "versions": {}} | fields
+
+
+def table(values, measure="rotation_deg", condition="", family="accuracy"):
+    rows = {"family": family, "measure": measure, "condition": condition, "value": values}
+    return pd.DataFrame(rows | {"patient": [f"p{k}" for k in range(len(values))]})
+
+
+def fill(folder, seeds=range(100, 110), channel=10.0):
+    """Patch errs by about 10 degrees, channel by `channel`, the mean pose by 20."""
+    draw = np.random.default_rng(0)
+    (folder / "plan.yaml").write_text(yaml.safe_dump(PLAN))
+    for seed in seeds:
+        for variant, centre in (("patch", 10.0), ("channel", channel)):
+            parts = [
+                table(centre + draw.normal(0, 0.1, 30)),
+                table(np.full(30, 20.0), condition="mean pose"),
+                table(
+                    8 + draw.normal(0, 0.1, 30), "imagined_rotation_deg", "imagined", "imagination"
+                ),
+                table(
+                    9 + draw.normal(0, 0.1, 30), "imagined_rotation_deg", "ignored", "imagination"
+                ),
+            ]
+            results.write(folder, record(variant, seed), pd.concat(parts))
+    return folder
+
+
+def test_what_is_written_is_read_and_stores_merge_by_copying(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    curve = pd.DataFrame({"epoch": [1, 2], "val_loss": [0.5, 0.25]})
+    results.write(here, record(seed=1), table([1.0, 2.0]), curve)
+    folder = results.write(there, record(seed=2), table([3.0, 5.0]))
+    folder.rename(here / folder.name)
+    store = results.read(here)
+    assert store.runs["seed"].tolist() == [1, 2]
+    cells = results.cells(store, "rotation_deg", preset="laptop", variant="patch")
+    assert cells.to_numpy().tolist() == [[1, 2], [3, 5]]
+    assert store.curves["val_loss"].tolist() == [0.5, 0.25]
+
+
+def test_equal_tables_are_equal_bytes_and_a_family_is_replaced(tmp_path):
+    folders = [results.write(tmp_path / n, record(), table([1.0, 2.0])) for n in ("a", "b")]
+    one, other = ((folder / "measures.csv.gz").read_bytes() for folder in folders)
+    assert one == other
+    store = tmp_path / "a"
+    results.write(store, record(), table([4.0], "imagined", family="imagination"))
+    results.write(store, record(), table([7.0]))
+    assert results.families(store, folders[0].name) == {"accuracy", "imagination"}
+    measures = results.read(store).measures
+    assert measures.loc[measures["family"] == "accuracy", "value"].tolist() == [7.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows", "message"),
+    [
+        ({"seed": "1"}, table([1.0]), "seed is '1'"),
+        ({"tokens": None}, table([1.0]), "tokens is None"),
+        ({}, table([1.0], family="beauty"), "unknown family beauty"),
+        ({}, table([np.nan]), "with the value nan"),
+        ({}, pd.concat([table([1.0]), table([2.0])]), "p0 stands there twice"),
+    ],
+)
+def test_a_bad_row_or_record_is_refused_and_nothing_written(tmp_path, fields, rows, message):
+    with pytest.raises(ValueError, match=message):
+        results.write(tmp_path, record() | fields, rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_renamed_folder_and_a_changed_table_are_refused_on_reading(tmp_path):
+    folder = results.write(tmp_path, record(), table([1.0]))
+    content = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(content | {"seed": 3}))
+    with pytest.raises(ValueError, match="describes laptop_a4c_patch_seed3"):
+        results.read(tmp_path)
+    (folder / "run.json").write_text(json.dumps(content))
+    table([1.0]).drop(columns="value").to_csv(folder / "measures.csv.gz", index=False)
+    with pytest.raises(ValueError, match="columns"):
+        results.read(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no run"):
+        results.read(tmp_path / "empty")
+
+
+def test_verdicts_follow_the_plan(tmp_path):
+    store = results.read(fill(tmp_path))
+    plan = results.load_plan(tmp_path)
+    found = results.verdicts(store, plan).set_index("family")
+    accuracy = found.loc["accuracy"]
+    assert accuracy["verdict"] == "confirmed"
+    assert accuracy["margin"] == pytest.approx(1.0, abs=0.01)  # a tenth of 20 - 10 degrees
+    assert (accuracy["seeds"], accuracy["patients"]) == (10, 30)
+    assert found.loc["imagination", "estimate"] == pytest.approx(-1, abs=0.05)
+    assert found.loc["imagination", "verdict"] == "confirmed"
+    assert found.loc["cost", "verdict"] == "untested"
+
+
+def test_few_seeds_decide_nothing_unless_the_rule_is_suspended(tmp_path):
+    store = results.read(fill(tmp_path, seeds=range(100, 105), channel=14.0))
+    plan = results.load_plan(tmp_path)
+    assert set(results.verdicts(store, plan)["verdict"]) == {"inconclusive", "untested"}
+    halves = results.verdicts(store, plan, fewest=2)
+    assert halves["verdict"].tolist() == ["confirmed", "confirmed", "untested"]
+
+
+def test_the_plan_names_what_it_lacks(tmp_path):
+    for change, message in (({"margin": ...}, "lacks margin"), ({"family": "x"}, "family x")):
+        claim = {k: v for k, v in (PLAN["claims"][0] | change).items() if v is not ...}
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN | {"claims": [claim]}))
+        with pytest.raises(ValueError, match=message):
+            results.load_plan(tmp_path)
+
+
+def test_missing_names_the_runs_that_are_not_stored(tmp_path):
+    results.write(tmp_path, record(seed=1), table([1.0]))
+    wanted = [reference.identity("laptop", "patch", seed) for seed in (1, 2)]
+    assert results.missing(tmp_path, wanted) == ["laptop_a4c_patch_seed2"]
