@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
@@ -31,10 +31,17 @@ COLOURS = {
     "truth": "#009E73",
     "control": "#666666",
 }
-# The difference of two maps: towards the colour of the variant whose map is larger.
-DIFFERENCE = LinearSegmentedColormap.from_list(
-    "difference", [COLOURS["channel"], "#f7f7f7", COLOURS["patch"]]
-)
+
+
+def _two_sided(low: str, high: str) -> LinearSegmentedColormap:
+    """Opaque at both ends, transparent in the middle, for maps over a frame."""
+    ends = [(0.0, to_rgba(low, 0.7)), (0.5, to_rgba(low, 0.0)), (0.5, to_rgba(high, 0.0))]
+    ends.append((1.0, to_rgba(high, 0.7)))
+    return LinearSegmentedColormap.from_list("two sided", ends)
+
+
+MORE_OR_LESS = _two_sided("#34c3ff", "#ff3b30")
+DIFFERENCE = _two_sided("#ff8c1a", "#1a8cff")  # channel, patch: brighter than COLOURS, on black
 LABELS = {
     "patch": "patch tokens",
     "channel": "channel tokens",
@@ -170,20 +177,18 @@ def overlay(
     limit: float,
     title: str = "",
     centre: float = 0.0,
-    cmap: str | Colormap = "vlag",
+    cmap: Colormap = MORE_OR_LESS,
 ) -> Axes:
-    """Show a map [h, w] over its frame [S, S]: colour by value, opacity by distance from `centre`.
+    """Show a map [h, w] over its frame [S, S]: colour by sign, opacity by distance from `centre`.
 
-    The colour range is symmetric, `centre` ± `limit`, so that cells near `centre` leave the anatomy
-    visible.
+    The range is symmetric, `centre` ± `limit`, and cells near `centre` leave the anatomy visible.
     """
     show_frame(ax, image, title)
-    values = np.asarray(grid, dtype=float) - centre
-    colours = plt.get_cmap(cmap)(np.clip(0.5 + values / (2 * limit), 0, 1))
-    colours[..., 3] = np.clip(np.abs(values) / limit, 0, 1) * 0.6
     height, width = np.shape(image)
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    ax.imshow(colours, extent=extent, interpolation="nearest")
+    ax.imshow(
+        np.asarray(grid, dtype=float), cmap, vmin=centre - limit, vmax=centre + limit,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
+    )  # fmt: skip
     return ax
 
 
@@ -219,7 +224,7 @@ def beside(
         overlay(ax, image, ratio, limit, LABELS.get(name, name) if titles else "", 1.0)
     if {"patch", "channel"} <= set(maps):
         gap, title = maps["patch"] - maps["channel"], "patch - channel" if titles else ""
-        overlay(axes[len(maps) + 1], image, gap, limit, title, cmap=DIFFERENCE)
+        overlay(axes[len(maps) + 1], image, gap, limit, title, 0.0, DIFFERENCE)
     if labels is not None and labels.shape == np.shape(image):
         for ax in axes:
             outline(ax, labels, structures)
@@ -227,14 +232,17 @@ def beside(
 
 def colour_bars(fig: Figure, axes: NDArray, limit: float = 2.0, difference: bool = True) -> None:
     """The colour scales of `beside`, below the axes."""
-    scales = [(1.0, "vlag", "relative to an even map", axes[:, 1 : 3 if difference else None])]
+    scales = [
+        (1.0, MORE_OR_LESS, "relative to an even map", axes[:, 1 : -1 if difference else None])
+    ]
     if difference:
-        scales.append((0.0, DIFFERENCE, "difference", axes[:, 3]))
+        scales.append((0.0, DIFFERENCE, "difference (blue: patch)", axes[:, -1]))
     for centre, cmap, label, under in scales:
         norm = Normalize(centre - limit, centre + limit)
         bar = fig.colorbar(
             ScalarMappable(norm, cmap), ax=under, location="bottom", label=label,
             shrink=0.8, aspect=30, pad=0.01,
         )  # fmt: skip
-        if centre - limit < 0 < centre:
-            bar.ax.set_xlim(0, centre + limit)
+        bar.ax.set_facecolor("black")
+        if centre:
+            bar.ax.set_xlim(max(0, centre - limit), centre + limit)  # no map is negative
