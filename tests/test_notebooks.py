@@ -18,8 +18,11 @@ METHOD = {
     "02": ["fit(", "predict("],
     "03": ["Timer(", "FlopCounterMode("],
     "04": ["stats.", "sns."],
-    "05": ["b c h w -> b (h w) c", "b c h w -> b c (h w)", "sns."],
-    "06": ["captum.attr", "IntegratedGradients(", "sns."],
+    "05": ["b c h w -> b (h w) c", "b c h w -> b c (h w)", "attribution.recorder(", "sns."],
+    "06": [
+        "captum.attr", "IntegratedGradients(", "GradientShap(", "LayerGradCam(", "FeatureAblation(",
+        "ShapleyValueSampling(", "Occlusion(", "maps.measure(", "sns.",
+    ],
     "07": ["stats.", "sns."],
     "08": ["env.reset(", "env.step("],
 }
