@@ -129,7 +129,8 @@ def test_rollouts_by_hand(scans):
     found = imagination.rollout(World(pose), data, everything, split, steps=STEPS)
     error = value(found, "rollout_map_error")
     for k in range(1, STEPS + 1):
-        assert error[[f"imagined, step {k}", f"in one step, step {k}"]].max() < 1e-6
+        whole = [f"in one step, step {k}"] if k > 1 else []
+        assert error[[f"imagined, step {k}", *whole]].max() < 1e-6
     paths = [pose[n * (STEPS + 1 + 2 * FREE) :][: STEPS + 1] for n in range(PEOPLE)]
     paths[1] = paths[1].flip(0)  # every other one is walked backwards
     path = torch.stack(paths)

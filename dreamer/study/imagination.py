@@ -169,7 +169,8 @@ def rollout(
             motion = poses.relative(pose[:, k - 1], pose[:, k])
             features, reached["imagined"] = _imagine(model, features, motion)
             maps["imagined"] = features
-            maps["in one step"], reached["in one step"] = _imagine(model, seen[0], so_far)
+            if k > 1:
+                maps["in one step"], reached["in one step"] = _imagine(model, seen[0], so_far)
         error = {name: _distance(m, seen[k]) / _variance(seen[k]) for name, m in maps.items()}
         found = [_rows("rollout_map_error", error, list(paths))]
         found += _pose_rows("rollout", reached, pose[:, k], list(paths))
@@ -263,8 +264,10 @@ def choice(
     true, geometry = (poses.compose(s[first, None].expand_as(motion), motion) for s in starts)
     cost, expected = _away(true), {"exact geometry": _away(geometry)}
     if of_map is not None:
-        for costs, pose in ((cost, true), (expected["exact geometry"], geometry)):
-            costs["contact"] = -contact(data, found.index[first], pose)
+        cost["contact"] = -contact(data, found.index[first], true)
+        touching = contact(data, found.index[first], geometry)
+        # Of motions with the same contact the deepest, which an error of the pose spoils least.
+        expected["exact geometry"]["contact"] = -touching - 1e-3 * geometry[..., 2]
     if model.world is not None:
         here = found.here[first].repeat_interleave(CANDIDATES, 0)
         maps, pose = _imagine(model, here, motion.flatten(0, 1))
