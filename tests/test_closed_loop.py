@@ -241,8 +241,11 @@ def test_a_model_is_measured():
     model = CardiacDreamer(TINY).eval()
     rows = measure(model, PEOPLE, config=config, planned=2)
     assert rows.groupby("condition")["patient"].nunique().to_dict() == {
-        "filter": 3, "follow": 3, "plan": 2,
+        "filter": 3, "follow": 3, "follow of the planned": 2, "plan": 2,
     }  # fmt: skip
+    cells = rows.pivot_table("value", ["measure", "patient"], "condition")
+    first = cells.loc[("path_mm", [person.name for person in PEOPLE[:2]]), :]
+    assert (first["follow of the planned"] == first["follow"]).all()
     assert np.isfinite(rows["value"]).all()
     pd.testing.assert_frame_equal(rows, measure(model, PEOPLE, config=config, planned=2))
     none = CardiacDreamer(TINY.model_copy(update={"token_type": "none"})).eval()

@@ -34,6 +34,7 @@ EDGE = torch.tensor([60.0, 60, 60, 179, 89, 179], dtype=torch.float64)  # of the
 CAUDAL = torch.tensor([0.0, 0.6, -0.8], dtype=torch.float64)  # in the heart frame
 MEMORY = 12  # frames that the filter averages
 POLICIES = ("follow", "filter", "plan")
+SAME = "follow of the planned"  # a condition: the searches of `follow` on the patients of `plan`
 CONTROLS = ("oracle", "stay", "random", "mean pose")
 
 
@@ -419,8 +420,9 @@ def measure(
     """Scores of a model's policies, one start on each patient: measure, condition (the policy),
     patient, value.
 
-    Planning costs most and uses the first `planned` patients; it is left out for a model without a
-    world model. Raises ValueError for unknown policies.
+    Planning costs most and uses the first `planned` patients, where SAME stands for the searches of
+    `follow`; it is left out for a model without a world model. Raises ValueError for unknown
+    policies.
     """
     config = config or NavigationConfig()
     starts, tables = draw_starts(people, config, seed), []
@@ -431,7 +433,10 @@ def measure(
         probes = Probes(own, target, model.config.image_size, config)
         found = search(policy(name, model, config), probes)
         tables.append(_tidy(score(found), name, own))
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    first = table.loc[table["condition"] == "plan", "patient"]
+    same = table[(table["condition"] == "follow") & table["patient"].isin(first)]
+    return pd.concat([table, same.assign(condition=SAME)], ignore_index=True)
 
 
 def measure_controls(
