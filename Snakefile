@@ -47,7 +47,9 @@ PROMISED = {
         "04_imagination.png",
     ],
     "05_attention": ["05_attention.csv", "05_gallery.png"],
-    "06_attribution": ["06_scores.csv", "06_verdicts.csv", "06_maps.png"],
+    "06_attribution": [
+        "06_maps.csv", "06_scores.csv", "06_verdicts.csv", "06_maps.png", "06_scores.png",
+    ],
     "07_ablations": ["07_verdicts.csv", "07_changes.csv", "07_costs.png"],
     "08_navigation": [
         "08_verdicts.csv", "08_measures.csv", "08_success.png", "08_cost.png", "08_search.gif",
@@ -62,7 +64,7 @@ SMOKE = {
                     num_heads=2, num_layers=1, guidance=[32, 16]),
     ),
     "05_attention": dict(frames=6),
-    "06_attribution": dict(frames=6, few=3, steps=4),
+    "06_attribution": dict(frames=4, scored=3, tested=2, steps=4, gallery=2),
     "07_ablations": dict(
         seeds=[0, 1], steps=2, epochs=1, batch_size=4, workers=1,
         options={"hierarchy": {"hierarchy": 2}, "both tokens": {"token_type": "both"}},

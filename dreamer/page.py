@@ -1,7 +1,10 @@
-"""figures/index.html: one page that opens from disk, without scripts or external requests.
+"""figures/index.html: the results as one page that opens from disk, without scripts or requests.
 
-Verdicts, captions, sample sizes and tables are read from the files that the notebooks wrote; the
-executed notebooks lie beside it as HTML.
+It tells them in order: the answer, how the variants differ, cost, accuracy, and so on. Numbers,
+verdicts, captions and sample sizes are read from the files that the notebooks wrote; a section with
+nothing to show is left out. The README quotes the same answer:
+
+    python -m dreamer.page README.md figures        write the README's numbers anew
 """
 
 import base64
@@ -10,12 +13,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import pandas as pd
 import psutil
+import yaml
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
@@ -23,7 +28,160 @@ from dreamer.files import write_whole
 from dreamer.runs import versions
 
 SHOWN_ROWS = 24  # a longer table is only linked
-VERDICT = "claim published estimate unit low high seeds patients verdict".split()
+REFERENCE = "verdicts.csv"  # of the reference study, beside the `NN_verdicts.csv` of notebooks
+VERDICTS = ("confirmed", "contradicted", "equivalent", "inconclusive", "untested")
+COLUMNS = (
+    "family claim published estimate unit low high margin seeds patients power seeds_needed verdict"
+).split()
+
+
+class Section(NamedTuple):
+    """A part of the page; the fields stand in page.yaml."""
+
+    title: str
+    text: str = ""
+    families: Sequence[str] = ()
+    key: Sequence[str] = ()
+    words: Sequence[str] = ()
+    notebooks: Sequence[str] = ()
+    always: bool = False
+
+
+WORDS = yaml.safe_load(Path(__file__).with_name("page.yaml").read_text(encoding="utf-8"))
+SECTIONS = {key: Section(**fields) for key, fields in WORDS["sections"].items()}
+FAMILIES = {family: key for key, section in SECTIONS.items() for family in section.families}
+CONTENT = ("first", "films", "verdicts", "tables", "books")  # a section without any is left out
+
+
+# Verdicts
+
+
+def read_verdicts(output: str | Path) -> pd.DataFrame:
+    """The verdict tables of a folder as one, with the `file` of each row: the reference study's,
+    then those of notebooks for families that it lacks.
+
+    Raises ValueError naming file and columns where a table lacks some.
+    """
+    tables = []
+    for file in [Path(output, REFERENCE), *sorted(Path(output).glob("[0-9][0-9]_verdicts.csv"))]:
+        if file.is_file():
+            table = pd.read_csv(file)
+            if lacking := set(COLUMNS) - set(table):
+                raise ValueError(f"{file}: lacks the columns {', '.join(sorted(lacking))}")
+            table["family"] = table["family"].str.replace(" ", "_")
+            text = table[["published", "unit"]].astype(object).fillna("").astype(str)
+            tables.append(table.assign(file=file.name, **text))
+    found = pd.concat(tables) if tables else pd.DataFrame(columns=[*COLUMNS, "file"])
+    study = set(found.loc[found["file"] == REFERENCE, "family"])
+    return found[(found["file"] == REFERENCE) | ~found["family"].isin(study)]
+
+
+def _claim(verdicts: pd.DataFrame, claim: str) -> dict[str, Any]:
+    """The row of a claim; one that is in no table is untested."""
+    rows = verdicts[verdicts["claim"] == claim].to_dict("records")
+    empty = dict.fromkeys(COLUMNS, float("nan")) | {"published": "", "unit": ""}
+    return rows[0] if rows else empty | {"claim": claim, "verdict": "untested"}
+
+
+def _number(value: float) -> str:
+    if pd.isna(value):
+        return ""
+    if abs(value) == float("inf"):
+        return "∞"
+    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.3g}".replace("-", "−")
+
+
+def measured(row: Mapping[str, Any]) -> str:
+    """Estimate, unit and interval of a verdict in words; nothing where nothing was measured."""
+    if pd.isna(row["estimate"]):
+        return ""
+    span = f" ({_number(row['low'])} to {_number(row['high'])})" if pd.notna(row["low"]) else ""
+    return f"{_number(row['estimate'])} {row['unit']}".strip().replace(" %", "%") + span
+
+
+def sentence(name: str, verdicts: pd.DataFrame) -> str:
+    """A statement of page.yaml, worded as its verdicts allow, without its full stop."""
+    words = WORDS["statements"][name]
+    rows = [_claim(verdicts, claim) for claim in words["claims"]]
+    kinds = {row["verdict"] for row in rows}
+    changes = [f"{row['estimate']:+.2f} {row['unit']}" for row in rows]
+    each = [f"{change}, {row['verdict']}" for change, row in zip(changes, rows, strict=True)]
+    return words[kinds.pop() if len(kinds) == 1 else "mixed"].format(
+        estimate=rows[0]["estimate"],
+        published=rows[0]["published"],
+        change=" and ".join(changes).replace("-", "−"),
+        amount=" and ".join(change[1:] for change in changes),
+        each="; ".join(each).replace("-", "−"),
+    )
+
+
+def answer(verdicts: pd.DataFrame) -> list[str]:
+    """The answer in three sentences."""
+    cost, accuracy, transformer, imagination = (
+        sentence(name, verdicts) for name in ("cost", "accuracy", "transformer", "imagination")
+    )
+    return [f"{cost}.", f"{accuracy}, {transformer}.", f"{imagination}."]
+
+
+def basis(verdicts: pd.DataFrame) -> str:
+    """What the verdicts on token types rest on."""
+    row = _claim(verdicts, WORDS["statements"]["accuracy"]["claims"][0])
+    if pd.isna(row["estimate"]):
+        return "The reference study is not in these tables yet: comparisons are untested."
+    return (
+        f"{row['seeds']:.0f} trainings of each variant, {row['patients']:.0f} unseen virtual "
+        f"patients, {row['tokens']} tokens, a small model; 95% intervals over seeds and patients."
+    )
+
+
+def claims(verdicts: pd.DataFrame) -> list[dict[str, str]]:
+    """The claims of page.yaml: claim, what was measured, verdict."""
+    table = []
+    for entry in WORDS["claims"]:
+        rows = [_claim(verdicts, name) for name in entry["rows"]]
+        found = "; ".join(filter(None, map(measured, rows)))
+        kinds = {row["verdict"] for row in rows}
+        each = ", ".join(f"{row['verdict']} ({row['unit']})" for row in rows)
+        table.append({
+            "claim": entry["claim"],
+            "measured": entry["measured"].format(found) if found else "not measured yet",
+            "verdict": kinds.pop() if len(kinds) == 1 else each,
+        })  # fmt: skip
+    return table
+
+
+# The README
+
+
+def filled(text: str, figures: str | Path) -> str:
+    """A README with the parts between `<!-- name -->` and `<!-- /name -->` written anew from the
+    tables in `figures`. Raises ValueError where a part has no mark."""
+    verdicts = read_verdicts(figures)
+    rows = ["| claim | what we measured | verdict |", "|---|---|---|"]
+    rows += [f"| {' | '.join(row.values())} |" for row in claims(verdicts)]
+    took = pd.read_csv(Path(figures, "00_commands.csv")).to_dict("records")
+    image, notes = "", Path(figures, "10_answer.json")
+    if notes.is_file():
+        image = f"\n\n![{json.loads(notes.read_text())['alt']}]({notes.with_suffix('.png')})"
+    parts = {
+        "answer": f"**{' '.join(answer(verdicts))}** {basis(verdicts)}{image}",
+        "claims": "\n".join(rows),
+        "origin": f"{sentence('origin', verdicts)}.",
+        "times": "Measured: "
+        + "; ".join(f"`{c['command']}` {c['minutes']} minutes on {c['machine']}" for c in took)
+        + ".",
+    }
+    for name, part in parts.items():
+        mark = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.S)
+        if not mark.search(text):
+            raise ValueError(f"README: no place marked <!-- {name} --> ... <!-- /{name} -->")
+        gap = " " if name in ("origin", "times") else "\n\n"  # within a paragraph, or a block
+        new = f"<!-- {name} -->{gap}{part}{gap}<!-- /{name} -->"
+        text = mark.sub(lambda _, new=new: new, text)
+    return text
+
+
+# Executed notebooks
 
 
 def _small(image: str) -> str:
@@ -71,77 +229,114 @@ def steps(notebooks: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "minutes"])
 
 
-def _found(output: Path, ending: str) -> list[tuple[str, str, Path]]:
-    """Files of one kind as (notebook's number, name, file), also in subfolders."""
+# The page
+
+
+def place(name: str) -> str:
+    """The section of a figure, film, table or notebook by its name, as `medium/04_accuracy`."""
+    number, _, words = name.rsplit("/", 1)[-1].partition("_")
+    by_words = [k for k, s in SECTIONS.items() if any(word in words for word in s.words)]
+    by_number = [k for k, s in SECTIONS.items() if number in s.notebooks]
+    return [*by_words, *by_number, "details"][0]
+
+
+def _found(output: Path, ending: str) -> list[tuple[str, Path]]:
+    """Files of one kind as (name, file), also in subfolders; those of the folder itself first."""
     files = output.rglob(f"[0-9][0-9]_*{ending}")
-    found = [(f.name[:2], f.relative_to(output).with_suffix("").as_posix(), f) for f in files]
-    return sorted(found, key=lambda each: (each[0], "/" in each[1], each[1]))
+    found = [(f.relative_to(output).with_suffix("").as_posix(), f) for f in files]
+    return sorted(found, key=lambda each: ("/" in each[0], each[0]))
 
 
 def _html(frame: pd.DataFrame) -> str:
-    def number(value: float) -> str:
-        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
+    return frame.to_html(index=False, border=0, float_format=_number, na_rep="")
 
-    return frame.to_html(index=False, border=0, float_format=number, na_rep="")
+
+def _figure(name: str, file: Path) -> dict[str, Any]:
+    notes = json.loads(file.read_text(encoding="utf-8"))
+    with Image.open(file.with_suffix(".png")) as image:
+        width, height = image.size
+    return {**notes, "name": name, "width": width, "height": height}
+
+
+def _section(
+    key: str, verdicts: pd.DataFrame, figures: list, films: list, tables: list, books: list
+) -> dict[str, Any]:
+    """What the template shows of a section."""
+    section = SECTIONS[key]
+    first = [f for name in section.key for f in figures if f["name"] == name] or figures[:1]
+    own = verdicts[verdicts["family"].map(FAMILIES).fillna("details").eq(key)]
+    counts = own["verdict"].value_counts()
+    return {
+        "title": section.title,
+        "text": section.text,
+        "first": first,
+        "more": [figure for figure in figures if figure not in first],
+        "films": films,
+        "verdicts": [row | {"measured": measured(row)} for row in own.to_dict("records")],
+        "counts": {word: counts[word] for word in VERDICTS if word in counts},
+        "files": list(own["file"].unique()),
+        "tables": tables,
+        "books": books,
+    }
 
 
 def write_page(output: str | Path, notebooks: str | Path) -> Path:
     """Write `output`/index.html and `output`/notebooks/*.html; return the page's path.
 
-    `output` holds figures (PNG, SVG, PDF, JSON with caption, alt text and sample size) and tables
-    (CSV; `*_verdicts.csv` come first), `notebooks` the executed notebooks. Raises
-    FileNotFoundError for a caption without its figure.
+    `output` holds figures (PNG, SVG, PDF, JSON with caption, alt text and sample size), films (GIF)
+    and tables (CSV; those of verdicts see `read_verdicts`), `notebooks` the executed notebooks.
+    Raises FileNotFoundError for a caption without its figure.
     """
     output = Path(output)
     (output / "notebooks").mkdir(parents=True, exist_ok=True)
     steps_table = steps(notebooks)
     write_whole(output / "00_steps.csv", steps_table.to_csv(index=False).encode())
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    template = jinja2.Template(text, autoescape=True, trim_blocks=True)
+    template = jinja2.Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     styles = {
         "light": HtmlFormatter().get_style_defs(".highlight"),
         "dark": HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
     }
-    sections: dict[str, dict[str, Any]] = {}
-
-    def section(number: str) -> dict[str, Any]:
-        empty = {"title": f"Notebook {number}", "books": [], "figures": [], "tables": []}
-        return sections.setdefault(number, {**empty, "films": []})
-
+    parts: dict[str, tuple[list, list, list, list]] = {key: ([], [], [], []) for key in SECTIONS}
+    for name, file in _found(output, ".json"):
+        parts[place(name)][0].append(_figure(name, file))
+    for name, _ in _found(output, ".gif"):
+        parts[place(name)][1].append(f"{name}.gif")
+    for name, file in _found(output, ".csv"):
+        frame = pd.read_csv(file)
+        shown = _html(frame) if len(frame) <= SHOWN_ROWS else None
+        parts[place(name)][2].append({"file": f"{name}.csv", "html": shown})
     for file in sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb")):
         if re.search(r"-seed[1-9]", file.stem):
             continue  # one training of each variant shows them all, and keeps the page small
         title, body = notebook_html(file)
         page = template.render(title=title, body=body, **styles)
         write_whole(output / "notebooks" / f"{file.stem}.html", page.encode())
-        section(file.name[:2])["title"] = title
-        section(file.name[:2])["books"].append(file.stem)
-    for number, name, file in _found(output, ".json"):
-        notes = json.loads(file.read_text(encoding="utf-8"))
-        with Image.open(file.with_suffix(".png")) as image:
-            width, height = image.size
-        figure = {**notes, "name": name, "width": width, "height": height}
-        section(number)["figures"].append(figure)
-    verdicts = []
-    for number, name, file in _found(output, ".csv"):
-        frame = pd.read_csv(file)
-        if name.endswith("_verdicts"):
-            shown = frame[VERDICT] if set(VERDICT) <= set(frame) else frame  # the rest is linked
-            verdicts.append({"name": name, "html": _html(shown)})
-        elif number != "00":
-            shown = _html(frame) if len(frame) <= SHOWN_ROWS else None
-            section(number)["tables"].append({"file": f"{name}.csv", "html": shown})
-    for number, name, _ in _found(output, ".gif"):
-        section(number)["films"].append(f"{name}.gif")
+        parts[place(file.stem)][3].append({"name": file.stem, "title": title})
+    verdicts = read_verdicts(output)
+    sections = {key: _section(key, verdicts, *part) for key, part in parts.items()}
     memory = psutil.virtual_memory().total / 2**30
-    facts = versions() | {"size": f"{os.cpu_count()} cores, {memory:.0f} GB"}
     page = template.render(
-        title="Cardiac Dreamer: patch or channel tokens?",
-        verdicts=verdicts,
-        sections=sorted(sections.items()),
-        steps=_html(steps_table),
-        facts=facts,
+        title="Patch tokens or channel tokens?",
+        answer=answer(verdicts),
+        basis=basis(verdicts),
+        claims=claims(verdicts),
+        origin=sentence("origin", verdicts),
+        sections={
+            key: section
+            for key, section in sections.items()
+            if SECTIONS[key].always or any(section[part] for part in CONTENT)
+        },
+        everything=verdicts.to_dict("records"),
+        number=_number,
+        facts=versions() | {"size": f"{os.cpu_count()} cores, {memory:.0f} GB"},
         **styles,
     )
     write_whole(output / "index.html", page.encode())
     return output / "index.html"
+
+
+if __name__ == "__main__":
+    readme, figures = map(Path, sys.argv[1:])
+    content = filled(readme.read_text(encoding="utf-8"), figures)
+    write_whole(readme, content.encode())

@@ -7,7 +7,7 @@ colour-blind readers can tell apart (jfly.uni-koeln.de/color).
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
@@ -29,6 +31,17 @@ COLOURS = {
     "truth": "#009E73",
     "control": "#666666",
 }
+
+
+def _two_sided(low: str, high: str) -> LinearSegmentedColormap:
+    """Opaque at both ends, transparent in the middle, for maps over a frame."""
+    ends = [(0.0, to_rgba(low, 0.7)), (0.5, to_rgba(low, 0.0)), (0.5, to_rgba(high, 0.0))]
+    ends.append((1.0, to_rgba(high, 0.7)))
+    return LinearSegmentedColormap.from_list("two sided", ends)
+
+
+MORE_OR_LESS = _two_sided("#34c3ff", "#ff3b30")
+DIFFERENCE = _two_sided("#ff8c1a", "#1a8cff")  # channel, patch: brighter than COLOURS, on black
 LABELS = {
     "patch": "patch tokens",
     "channel": "channel tokens",
@@ -175,23 +188,21 @@ def overlay(
     ax: Axes,
     image: ArrayLike,
     grid: ArrayLike,
-    limit: float | None = None,
+    limit: float,
     title: str = "",
     centre: float = 0.0,
+    cmap: Colormap = MORE_OR_LESS,
 ) -> Axes:
-    """Show a map [h, w] over its frame [S, S]: colour by value, opacity by distance from `centre`.
+    """Show a map [h, w] over its frame [S, S]: colour by sign, opacity by distance from `centre`.
 
-    The colour range is symmetric, `centre` ± `limit` (the map's largest deviation by default), so
-    that cells near `centre` leave the anatomy visible.
+    The range is symmetric, `centre` ± `limit`, and cells near `centre` leave the anatomy visible.
     """
     show_frame(ax, image, title)
-    values = np.asarray(grid, dtype=float) - centre
-    limit = float(np.abs(values).max() if limit is None else limit) or 1.0
-    colours = plt.get_cmap("vlag")(np.clip(0.5 + values / (2 * limit), 0, 1))
-    colours[..., 3] = np.clip(np.abs(values) / limit, 0, 1) * 0.7
     height, width = np.shape(image)
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    ax.imshow(colours, extent=extent, interpolation="nearest")
+    ax.imshow(
+        np.asarray(grid, dtype=float), cmap, vmin=centre - limit, vmax=centre + limit,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
+    )  # fmt: skip
     return ax
 
 
@@ -202,3 +213,50 @@ def outline(ax: Axes, labels: NDArray, structures: Sequence[int]) -> Axes:
         if inside.any() and not inside.all():
             ax.contour(inside, levels=[0.5], colors=COLOURS["truth"], linewidths=1.1)
     return ax
+
+
+def relative(grid: ArrayLike) -> NDArray:
+    """The magnitude of a map [..., h, w] relative to its mean: 1 is an even map."""
+    size = np.abs(np.asarray(grid, dtype=float))
+    return size / size.mean((-2, -1), keepdims=True).clip(1e-12)
+
+
+def beside(
+    axes: Sequence[Axes],
+    image: ArrayLike,
+    grids: Mapping[str, ArrayLike],
+    limit: float = 2.0,
+    labels: NDArray | None = None,
+    structures: Sequence[int] = (),
+    titles: bool = True,
+) -> None:
+    """One row of axes: a frame [S, S], each variant's map [h, w] relative to an even one, and, with
+    patch and channel among `grids`, their difference. Structures are outlined."""
+    maps = {name: relative(grid) for name, grid in grids.items()}
+    show_frame(axes[0], image, "frame" if titles else "")
+    for ax, (name, ratio) in zip(axes[1:], maps.items(), strict=False):
+        overlay(ax, image, ratio, limit, LABELS.get(name, name) if titles else "", 1.0)
+    if {"patch", "channel"} <= set(maps):
+        gap, title = maps["patch"] - maps["channel"], "patch - channel" if titles else ""
+        overlay(axes[len(maps) + 1], image, gap, limit, title, 0.0, DIFFERENCE)
+    if labels is not None and labels.shape == np.shape(image):
+        for ax in axes:
+            outline(ax, labels, structures)
+
+
+def colour_bars(fig: Figure, axes: NDArray, limit: float = 2.0, difference: bool = True) -> None:
+    """The colour scales of `beside`, below the axes."""
+    scales = [
+        (1.0, MORE_OR_LESS, "relative to an even map", axes[:, 1 : -1 if difference else None])
+    ]
+    if difference:
+        scales.append((0.0, DIFFERENCE, "difference (blue: patch)", axes[:, -1]))
+    for centre, cmap, label, under in scales:
+        norm = Normalize(centre - limit, centre + limit)
+        bar = fig.colorbar(
+            ScalarMappable(norm, cmap), ax=under, location="bottom", label=label,
+            shrink=0.8, aspect=30, pad=0.01,
+        )  # fmt: skip
+        bar.ax.set_facecolor("black")
+        if centre:
+            bar.ax.set_xlim(max(0, centre - limit), centre + limit)  # no map is negative

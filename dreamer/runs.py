@@ -16,13 +16,16 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from dreamer.data import Split, Statistics, Transitions, split_by_blocks, split_by_patient
+from dreamer.files import write_whole
 from dreamer.model import CardiacDreamer, ModelConfig
 
 log = logging.getLogger(__name__)
 
+ROUNDING = 0.1  # mm and degrees that a pose may move when weights are kept in half precision
 VERSIONED = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy", "roma")
 
 
@@ -159,6 +162,32 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacD
     except RuntimeError as error:
         raise ValueError(f"{file}: does not fit {folder}/config.json: {error}") from error
     return model.eval().to(device)
+
+
+@torch.no_grad()
+def export_run(run: str | Path, folder: str | Path, images: Tensor) -> Path:
+    """Copy a run to `folder` with weights in half precision, to be shared; returns the folder.
+
+    `load_run` reads it like any run, in single precision again. The statistics are not rounded.
+    Raises ValueError, and writes nothing, where a predicted pose of the frames `images`
+    [B, 1, S, S] moves by more than ROUNDING.
+    """
+    model, still = load_run(run), torch.zeros(len(images), 6)
+    before = model(images, still).pose
+    rounded = model.state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and name not in Statistics._fields:
+            rounded[name] = value.half()
+    model.load_state_dict(rounded)
+    moved = (model(images, still).pose - before).abs().max().item()
+    if not moved <= ROUNDING:
+        raise ValueError(f"{run}: half precision moves a pose by {moved:.3g} mm or degrees")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "split.json", "versions.json"):
+        write_whole(folder / name, (Path(run) / name).read_bytes())
+    write_whole(folder / "model.safetensors", save(rounded))
+    return folder
 
 
 def start_from(model: CardiacDreamer, folder: str | Path) -> list[str]:

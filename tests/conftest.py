@@ -8,6 +8,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 matplotlib.use("Agg")
 
@@ -56,6 +57,7 @@ def untrained():
         (folder / "config.json").write_text(json.dumps(record | {"data": {}}))
         split = {"kind": "patient", "train": ["patient_0001"], "val": [], "test": ["patient_0003"]}
         (folder / "split.json").write_text(json.dumps(split))
+        (folder / "versions.json").write_text("{}")
         torch.manual_seed(0)
         save_file(CardiacDreamer(config).state_dict(), folder / "model.safetensors")
         return folder
@@ -63,9 +65,25 @@ def untrained():
     return write
 
 
+def verdict_table(*rows: tuple) -> pd.DataFrame:
+    """A table of verdicts of rows (family, claim, estimate, unit, verdict): margin 0.5, interval
+    estimate ± 0.25, 10 seeds, 200 patients."""
+    from dreamer.study.stats import COLUMNS
+
+    table = pd.DataFrame(rows, columns="family claim estimate unit verdict".split())
+    more = {"low": table["estimate"] - 0.25, "high": table["estimate"] + 0.25, "margin": 0.5}
+    more |= {"published": "95.7%", "tokens": "50 / 513", "seeds": 10, "patients": 200}
+    return table.assign(**more, power=0.8, seeds_needed=12, size="small", source="")[COLUMNS]
+
+
+@pytest.fixture(scope="session")
+def verdicts():
+    return verdict_table
+
+
 @pytest.fixture(scope="session")
 def page(tmp_path_factory):
-    """A small page with a figure, verdicts, a short and a long table and a notebook."""
+    """A small page with a figure, a film, verdicts, a short and a long table and a notebook."""
     import matplotlib.pyplot as plt
 
     from dreamer.page import write_page
@@ -77,17 +95,15 @@ def page(tmp_path_factory):
     axis.set_xlabel("mm")
     save(fig, folder, "04_line", caption="A line & more.", alt="a rising line", n="3 patients")
     plt.close(fig)
-    pd.DataFrame({
-        "claim": ["patch <is> better"], "published": ["yes"], "measured": ["0.1 mm"],
-        "interval": ["-0.1 to 0.3"], "verdict": ["undecided"], "config": ["laptop"], "n": ["24"],
-    }).to_csv(folder / "04_verdicts.csv", index=False)  # fmt: skip
+    verdict_table(
+        ("maps", "patch <is> better", 0.1, "mm", "inconclusive"),
+        ("accuracy", "more <is> less", 2, "deg", "confirmed"),
+    ).to_csv(folder / "04_verdicts.csv", index=False)
     pd.DataFrame({"axis": list("xyz"), "error in mm": [1.23456, 2, 3]}).to_csv(
         folder / "04_short.csv", index=False
     )
     pd.DataFrame({"k": range(100)}).to_csv(folder / "04_long.csv", index=False)
-    (folder / "medium").mkdir()
-    other = {"claim": ["patch <is> better"], "verdict": ["elsewhere not"], "config": ["medium"]}
-    pd.DataFrame(other).to_csv(folder / "medium" / "04_verdicts.csv", index=False)
+    Image.new("L", (8, 8)).save(folder / "08_search.gif")
     book = nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_markdown_cell("# 04 Compare: which?"),
         nbformat.v4.new_code_cell("1 + 1", outputs=[

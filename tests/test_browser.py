@@ -58,7 +58,12 @@ def served(index):
 
 @pytest.mark.parametrize(
     ("width", "height", "scheme", "where"),
-    [(390, 844, "light", "disk"), (390, 844, "dark", "http"), (1440, 900, "dark", "disk")],
+    [
+        (390, 844, "light", "disk"),
+        (390, 844, "dark", "http"),
+        (1440, 900, "dark", "disk"),
+        (1440, 900, "light", "http"),
+    ],
 )
 def test_page_at_phone_and_desktop(browser, index, served, tmp_path, width, height, scheme, where):
     address = index.as_uri() if where == "disk" else served
@@ -68,6 +73,10 @@ def test_page_at_phone_and_desktop(browser, index, served, tmp_path, width, heig
     view.on("request", lambda request: asked.append(request.url))
     view.on("requestfailed", lambda request: failed.append(request.url))
     view.goto(address, wait_until="load")
+    view.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    for image in view.locator("img").all():
+        image.scroll_into_view_if_needed()
+    view.wait_for_function("Array.from(document.images).every(i => i.complete)")
     sizes = view.evaluate(
         "Array.from(document.images).map(i => [i.src, i.complete && i.naturalWidth, i.alt])"
     )
@@ -76,6 +85,12 @@ def test_page_at_phone_and_desktop(browser, index, served, tmp_path, width, heig
     assert all(url.startswith((home, "data:")) for url in asked), asked
     # What is too wide (tables) scrolls in its own box; the page itself does not.
     assert view.evaluate("document.documentElement.scrollWidth") <= width
+    tables = "t => t.closest('.wide') || t.offsetWidth <= document.documentElement.clientWidth"
+    assert view.evaluate(f"Array.from(document.querySelectorAll('table')).every({tables})")
+    # The contents stay in sight, and a figure opens in its full size.
+    assert view.locator("nav").bounding_box()["y"] >= 0
+    for link in view.locator("figure > a").all():
+        assert link.get_attribute("href") == link.locator("img").get_attribute("src")
     ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 300) == (scheme == "dark")
     view.screenshot(path=tmp_path / "page.png", full_page=True)
@@ -188,20 +203,55 @@ def test_training_notebook_in_jupyterlab(browser, root, lab, tmp_path):
     view.close()
 
 
-@pytest.mark.slow
-def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, untrained, tmp_path):
+@pytest.fixture
+def two_runs(untrained, tmp_path):
+    """The folders of an untrained run of patch and of channel tokens."""
     from dreamer.model import ModelConfig
 
     shape = dict(
         backbone="compact", image_size=64, channels=16, width=4, d_model=16, num_heads=2,
         num_layers=1, guidance=(32, 16),
     )  # fmt: skip
-    runs = [
-        str(untrained(tmp_path / name, ModelConfig(token_type=name, **shape)))
-        for name in ("patch", "channel")
-    ]
+    variants = ("patch", "channel")
+    return [str(untrained(tmp_path / v, ModelConfig(token_type=v, **shape))) for v in variants]
+
+
+def press_right(view, slider, image) -> None:
+    """Move a slider by the keyboard alone until its number and an image have changed."""
+    before = image.get_attribute("src")
+    readout = slider.locator(".widget-readout")
+    readout.filter(has_text=re.compile(r"\d")).wait_for()  # Lab draws what came into sight
+    shown = float(readout.inner_text().replace("−", "-"))
+    slider.locator(".noUi-handle").focus()
+    for _ in range(4):
+        view.keyboard.press("ArrowRight")
+    moved = "([e, x]) => Math.abs(parseFloat(e.innerText.replace('−', '-')) - x) > 1"
+    view.wait_for_function(moved, arg=[readout.element_handle(), shown])
+    view.wait_for_function("([e, src]) => e.src != src", arg=[image.element_handle(), before])
+
+
+@pytest.mark.slow
+def test_the_first_notebook_in_jupyterlab(browser, root, lab, two_runs, tmp_path):
     parameterised(
-        root, "09_explore.ipynb", tmp_path / "work" / "09_explore.ipynb", runs=runs,
+        root, "start_here.ipynb", tmp_path / "work" / "start_here.ipynb", patch=two_runs[0],
+        channel=two_runs[1], output=str(tmp_path / "figures"),
+    )  # fmt: skip
+    done = tmp_path / "figures" / "00_start.csv"  # the last cell's
+    view = run_all(browser, lab.format("work/start_here.ipynb"), done)
+    slider = view.locator(".widget-slider").first
+    scroll_to(view, slider.count)
+    slider.scroll_into_view_if_needed()
+    press_right(view, slider, view.locator(".jupyter-widgets.widget-image").first)
+    shot = tmp_path / "start.png"
+    view.screenshot(path=shot)
+    assert shot.stat().st_size > 20_000
+    view.close()
+
+
+@pytest.mark.slow
+def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, two_runs, tmp_path):
+    parameterised(
+        root, "09_explore.ipynb", tmp_path / "work" / "09_explore.ipynb", runs=two_runs,
         data=str(tmp_path / "none"), output=str(tmp_path / "figures"),
     )  # fmt: skip
     done = tmp_path / "figures" / "09_explore.png"  # the last cell's
@@ -210,16 +260,7 @@ def test_probe_is_moved_by_hand_in_jupyterlab(browser, root, lab, untrained, tmp
     scroll_to(view, button.count)
     button.scroll_into_view_if_needed()
     image = view.locator(".jupyter-widgets.widget-image").first
-    before = image.get_attribute("src")
-    x = view.locator(".widget-slider").first
-    readout = x.locator(".widget-readout")
-    shown = float(readout.inner_text().replace("−", "-"))
-    x.locator(".noUi-handle").focus()
-    for _ in range(4):  # by the keyboard alone
-        view.keyboard.press("ArrowRight")
-    moved = "([e, x]) => Math.abs(parseFloat(e.innerText.replace('−', '-')) - x) > 1"
-    view.wait_for_function(moved, arg=[readout.element_handle(), shown])
-    view.wait_for_function("([e, src]) => e.src != src", arg=[image.element_handle(), before])
+    press_right(view, view.locator(".widget-slider").first, image)
     button.click()
     report = view.get_by_text(re.compile(r"stopped after \d+ steps; error: [\d.]+ mm, [\d.]+ deg"))
     view.wait_for_timeout(1000)

@@ -119,17 +119,17 @@ def test_shadowed_pixels_count_for_no_structure(made):
 
 
 def test_average_map_in_the_target_plane():
-    size, inside = 20, torch.ones(1, 20, 20, dtype=torch.bool)
-    at_target = truth.plane_bins(torch.zeros(1, 6), size, inside)[0]
-    x, z = truth.pixel_to_probe(15, 4, size)
-    row, column = int(z / 16), int((x + 80) / 16)  # bins of 16 mm
-    assert at_target[15, 4] == 10 * row + column
-    # 16 mm to the right the same pixel shows the next column, 16 mm deeper the next row.
-    moved = torch.tensor([[16.0, 0, 0, 0, 0, 0], [0, 0, 16.0, 0, 0, 0], [0, 20.0, 0, 0, 0, 0]])
-    beside, below, off = truth.plane_bins(moved, size, inside.expand(3, -1, -1))
+    inside = torch.ones(1, 20, 20, dtype=torch.bool)  # bins of two by two pixels, about 16 mm
+    at_target = truth.plane_bins(torch.zeros(1, 6), inside)[0]
+    assert at_target[15, 4] == 10 * 7 + 2 and at_target[0, 19] == 9
+    x0, z0 = truth.pixel_to_probe(0, 0, 20)
+    x1, z1 = truth.pixel_to_probe(2, 2, 20)  # two pixels to the right, two down
+    moved = torch.zeros(3, 6)
+    moved[0, 0], moved[1, 2], moved[2, 1] = x1 - x0, z1 - z0, 20.0
+    beside, below, off = truth.plane_bins(moved, inside.expand(3, -1, -1))
     assert beside[15, 4] == at_target[15, 4] + 1 and below[15, 4] == at_target[15, 4] + 10
     assert (off == -1).all()  # 20 mm off the plane
-    assert (truth.plane_bins(torch.zeros(1, 6), size, ~inside) == -1).all()
+    assert (truth.plane_bins(torch.zeros(1, 6), ~inside) == -1).all()
 
     bins = torch.full((2, 4, 4), -1)
     bins[:, 0, :2], bins[0, 3, 3] = 7, 42
@@ -160,9 +160,14 @@ def phantom(tmp_path_factory):
     return run, data, CardiacDreamer(model).eval(), parts
 
 
+def drawn(run, data, frames):
+    found, split = truth.unseen([run], data)
+    return truth.draw(found, split.test, split, frames)
+
+
 def test_unseen_frames_and_their_truth(phantom):
     run, data, model, parts = phantom
-    sample = truth.unseen([run], data, 4)
+    sample = drawn(run, data, 4)
     assert set(sample.patient) == set(parts["test"]) and len(sample.images) == 4
     assert set(sample.take(slice(2)).patient) == set(parts["test"])  # one of each first
     near = truth.nearest(sample, 2)
@@ -183,14 +188,25 @@ def test_unseen_frames_and_their_truth(phantom):
     gap = truth.predict(model, sample.images[where]) - truth.predict(model, images)
     assert torch.equal(moved[0, where, STRUCTURES.index(name)], gap[:, 0])
     assert not torch.equal(truth.rerender(sample, known, vary={"gain": 5.0}), sample.images)
+    image, labels = truth.target_plane(sample, known)
+    assert torch.equal(image[None], truth.sweep(sample, "roll", [0])[0])
+    assert labels.shape == (48, 48) and (labels == 1).any()
     frames = truth.sweep(sample, "roll", [-10, 0, 10])
     assert frames.shape == (3, 1, 48, 48) and not torch.equal(frames[0], frames[1])
 
 
 def test_data_without_truth_are_no_error(phantom, tmp_path):
     run, data, *_ = phantom
-    sample = truth.unseen([run], data, 2)._replace(folder=tmp_path)
+    sample = drawn(run, data, 2)._replace(folder=tmp_path)
     assert truth.truth(sample) is None and truth.sweep(sample, "x", [0, 1]) is None
+
+
+def test_frames_that_other_code_drew_are_refused(phantom, tmp_path):
+    run, data, *_ = phantom
+    card = json.loads((data / "phantom.json").read_text())
+    (tmp_path / "phantom.json").write_text(json.dumps(card | {"code": "before"}))
+    with pytest.raises(ValueError, match="drawn by other code"):
+        truth.truth(drawn(run, data, 2)._replace(folder=tmp_path))
 
 
 def test_runs_that_do_not_belong_together_are_refused(phantom, tmp_path):
@@ -200,6 +216,6 @@ def test_runs_that_do_not_belong_together_are_refused(phantom, tmp_path):
     split = {"kind": "patient"} | parts | {"test": parts["train"], "train": parts["test"]}
     (tmp_path / "split.json").write_text(json.dumps(split))
     with pytest.raises(ValueError, match="runs: they differ"):
-        truth.unseen([run, tmp_path], data, 2)
+        truth.unseen([run, tmp_path], data)
     with pytest.raises(ValueError, match="is not split as"):
-        truth.unseen([tmp_path], data, 2)
+        truth.unseen([tmp_path], data)

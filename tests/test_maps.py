@@ -1,5 +1,7 @@
 """The table of maps of one run, and maps of the imagination known by hand."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -55,16 +57,9 @@ def data(tmp_path_factory):
     return found, Split(train, train[:1], test, "patient")
 
 
-@pytest.mark.parametrize("kind", ["channel", "none"])
-def test_table_of_a_run(data, kind):
+def test_table_of_a_run(data):
     found, split = data
-    if kind == "none":
-        net = CardiacDreamer(ModelConfig(
-            token_type="none", backbone="compact", channels=C, width=4, image_size=48,
-            guidance=(16, 8),
-        )).eval()  # fmt: skip
-    else:
-        net = tiny(token_type=kind)
+    net = tiny(token_type="channel")
     table = maps.measure(net, found, split.test, split, frames=3, scored=2, tested=1)
     assert list(table) == ["measure", "condition", "patient", "value"]
     assert np.isfinite(table["value"]).all()
@@ -73,7 +68,7 @@ def test_table_of_a_run(data, kind):
     measures = set(table["measure"])
     assert set(faithfulness.BETTER) <= measures
     assert {"relevance", "average_map", "incompleteness", "metric_agreement"} <= measures
-    assert ("attention_shift" in measures) == (kind == "channel")
+    assert {"attention_shift", "imagined_change_rank", "shortcut_rotation_deg"} <= measures
     conditions = set(table["condition"])
     assert {"random | rotation", "Shapley | translation"} <= conditions
     assert not any("random 1" in name for name in conditions)
@@ -88,10 +83,30 @@ def test_table_of_a_run(data, kind):
     assert sorted(whole["whole"]) == pytest.approx(sorted(by_patient), rel=1e-4)
 
 
-def test_data_without_truth_give_the_other_measures(data, tmp_path, monkeypatch):
+def test_without_transformer_and_truth_the_other_measures_remain(data, tmp_path, monkeypatch):
     found, split = data
     monkeypatch.setattr(found, "folder", tmp_path)
-    table = maps.measure(
-        tiny(token_type="patch"), found, split.test, split, 2, 2, 1, targets=["rotation"]
-    )
-    assert "deletion" in set(table["measure"]) and "relevance" not in set(table["measure"])
+    config = ModelConfig(token_type="none", backbone="compact", channels=C, width=4, image_size=48,
+                         guidance=(16, 8))  # fmt: skip
+    net = CardiacDreamer(config).eval()
+    table = maps.measure(net, found, split.test, split, 2, 2, 1, targets=["rotation"])
+    measures = set(table["measure"])
+    assert {"deletion", "frame_deletion", "randomisation_rank"} <= measures
+    assert not {"relevance", "attention_shift", "action_share"} & measures
+    assert not table["condition"].str.contains("rollout|action attention").any()
+
+
+def test_even_attention(model, images):
+    net = copy.deepcopy(model)
+    for block in net.world.blocks:
+        nn.init.zeros_(block.attention.qkv.weight)
+    names = {"images": images, "patient": np.arange(5), "action": torch.rand(5, 6)}
+    names["training"] = images
+    table = maps.attention(faithfulness.view(net, type("S", (), names)))
+    value = table.groupby(["measure", "condition"])["value"].agg(["min", "max"])
+    for name in ("1 | 1", "2 | 2"):
+        assert value.loc["attention_spread", name].tolist() == pytest.approx([1, 1])
+    for name in ("still", "motion"):
+        assert value.loc["attention_to_action", name].tolist() == pytest.approx([1, 1])
+    for name in ("rollout", "action attention"):
+        assert value.loc["attention_shift", name].tolist() == pytest.approx([0, 0], abs=1e-6)

@@ -12,13 +12,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+START = ROOT / "notebooks" / "start_here.ipynb"  # not numbered: no part of the pipeline
 # Calls that show the method, by notebook.
 METHOD = {
     "02": ["fit(", "predict("],
     "03": ["Timer(", "FlopCounterMode("],
     "04": ["stats.", "sns."],
-    "05": ["b c h w -> b (h w) c", "b c h w -> b c (h w)", "sns."],
-    "06": ["captum.attr", "IntegratedGradients(", "sns."],
+    "05": ["b c h w -> b (h w) c", "b c h w -> b c (h w)", "attribution.recorder(", "sns."],
+    "06": [
+        "captum.attr",
+        "IntegratedGradients(",
+        "GradientShap(",
+        "LayerGradCam(",
+        "FeatureAblation(",
+        "ShapleyValueSampling(",
+        "Occlusion(",
+        "maps.measure(",
+        "sns.",
+    ],
     "07": ["stats.", "sns."],
     "08": ["env.reset(", "env.step("],
 }
@@ -28,10 +39,11 @@ def code_of(path):
     return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, START], ids=lambda path: path.stem)
 def test_structure(path):
     cells = nbformat.read(path, as_version=4).cells
-    assert cells[0].cell_type == "markdown" and cells[0].source.startswith(f"# {path.stem[:2]} ")
+    heading = "# Start here" if path == START else f"# {path.stem[:2]} "
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith(heading)
     code = code_of(path)
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1

@@ -4,18 +4,56 @@ import html
 import json
 import re
 
+import pandas as pd
 import pytest
+import yaml
 
-from dreamer.page import notebook_html, steps, write_page
+from dreamer import page as pages
+from dreamer.page import SECTIONS, WORDS, notebook_html, place, read_verdicts, steps, write_page
 
 
 def test_page_shows_what_the_files_contain(page):
-    text = page.read_text()
+    text = re.sub(r"\s+", " ", page.read_text())
     for word in ("A line &amp; more.", 'alt="a rising line"', "3 patients", "patch &lt;is&gt;",
-                 "04 Compare: which?", "1.235", "04_long.csv", "torch", "commit", "laptop",
-                 "medium/04_verdicts", "elsewhere not"):  # fmt: skip
+                 "04 Compare: which?", "1.23", "04_long.csv", "torch", "commit",
+                 "0.1 mm (−0.15 to 0.35)", '<img src="08_search.gif"', "Verdicts: 1 confirmed",
+                 "<td>0.5</td>", "<td>0.8</td>"):  # fmt: skip
         assert word in text, word
-    assert "<td>99</td>" not in text
+    assert "<td>99</td>" not in text, "a long table is only linked"
+    images = re.findall("<img [^>]*>", text)
+    assert len(images) == 2 and all('loading="lazy"' in image for image in images)
+
+
+def test_sections_come_in_order_and_empty_ones_are_left_out(page):
+    shown = re.findall(r'<section id="(\w+)">', page.read_text())
+    assert shown == ["answer", "variants", "accuracy", "maps", "loop", "origin", "details"]
+    links = re.findall(r'<a href="#(\w+)">', page.read_text())
+    assert links == shown
+
+
+def test_a_name_belongs_to_one_section():
+    names = {"10_answer": "answer", "00_tokens": "variants", "04_imagination": "imagination",
+             "04_runs": "accuracy", "medium/08_search": "loop", "04_layers": "maps",
+             "10_seeds": "evidence", "02_train-none": "accuracy", "99_new": "details"}  # fmt: skip
+    assert {name: place(name) for name in names} == names
+
+
+def test_key_figures_come_first_and_the_others_are_folded():
+    figures = [{"name": f"04_{name}"} for name in ("axes", "convergence", "accuracy")]
+    empty = pd.DataFrame(columns=[*pages.COLUMNS, "file"])
+    part = pages._section("accuracy", empty, figures, [], [], [])
+    assert [f["name"] for f in part["first"]] == ["04_accuracy", "04_convergence"]
+    assert [f["name"] for f in part["more"]] == ["04_axes"]
+    alone = pages._section("accuracy", empty, figures[:1], [], [], [])
+    assert alone["first"] == figures[:1] and not alone["more"]
+
+
+def test_a_new_family_of_verdicts_is_shown_among_the_details(verdicts):
+    table = verdicts(("origin", "a", 1, "mm", "confirmed"), ("new", "b", 2, "mm", "untested"))
+    table = table.assign(file="04_verdicts.csv")
+    shown = {key: pages._section(key, table, [], [], [], [])["verdicts"] for key in SECTIONS}
+    claims = {key: [row["claim"] for row in rows] for key, rows in shown.items() if rows}
+    assert claims == {"origin": ["a"], "details": ["b"]}
 
 
 def test_page_is_one_file_without_scripts_or_outside_requests(page):
@@ -26,6 +64,78 @@ def test_page_is_one_file_without_scripts_or_outside_requests(page):
         assert not [w for w in wanted if re.match(r"(https?:)?//", w)]
         for link in re.findall(r'href="([^"#]+)"', text):
             assert "://" in link or link == "data:," or (file.parent / link).exists(), link
+
+
+def test_the_reference_study_answers_where_it_is_there(tmp_path, verdicts):
+    verdicts(("closed loop", "own", 1, "share", "untested"), ("cost", "time", 76, "%", "confirmed"),
+             ).to_csv(tmp_path / "08_verdicts.csv", index=False)  # fmt: skip
+    assert list(read_verdicts(tmp_path)["claim"]) == ["own", "time"]
+    verdicts(("closed_loop", "study", 2, "share", "confirmed")).to_csv(
+        tmp_path / "verdicts.csv", index=False
+    )
+    table = read_verdicts(tmp_path)
+    assert list(table["claim"]) == ["study", "time"]
+    assert list(table["file"]) == ["verdicts.csv", "08_verdicts.csv"]
+    assert read_verdicts(tmp_path / "none").empty
+
+
+def test_a_table_without_its_columns_is_refused(tmp_path):
+    pd.DataFrame({"claim": ["a"], "family": ["cost"]}).to_csv(tmp_path / "03_verdicts.csv")
+    with pytest.raises(ValueError, match=r"03_verdicts.csv: lacks the columns estimate, high"):
+        read_verdicts(tmp_path)
+
+
+ACCURATE, NONE, GAIN = (WORDS["statements"][k]["claims"] for k in
+                        ("accuracy", "transformer", "imagination"))  # fmt: skip
+
+
+def test_the_answer_is_worded_by_the_verdicts(verdicts):
+    table = verdicts(
+        ("cost", *WORDS["statements"]["cost"]["claims"], 75.7, "%", "contradicted"),
+        ("accuracy", ACCURATE[0], -0.0686, "mm", "confirmed"),
+        ("accuracy", ACCURATE[1], 0.24, "deg", "confirmed"),
+        ("accuracy", NONE[0], -0.03, "mm", "equivalent"),
+        ("accuracy", NONE[1], 0.08, "deg", "inconclusive"),
+        ("imagination", GAIN[0], -0.526, "mm", "confirmed"),
+        ("imagination", GAIN[1], -0.995, "deg", "confirmed"),
+    )
+    assert pages.answer(table) == [
+        "A forward pass with patch tokens takes 76% less time than with channel tokens, not the "
+        "published 95.7%.",
+        "For a single frame, patch tokens are not less accurate (−0.07 mm and +0.24 deg, patch "
+        "minus channel), and whether the transformer helps there differs by measure (−0.03 mm, "
+        "equivalent; +0.08 deg, inconclusive).",
+        "When a motion is imagined, patch tokens gain 0.53 mm and 0.99 deg more over ignoring the "
+        "motion than channel tokens.",
+    ]
+    assert pages.basis(table).startswith("10 trainings of each variant, 200 unseen virtual")
+    rows = {row["claim"]: row for row in pages.claims(table)}
+    assert rows["Patch tokens take 95.7% less forward time"] == {
+        "claim": "Patch tokens take 95.7% less forward time",
+        "measured": "75.7% (75.5 to 76) less time",
+        "verdict": "contradicted",
+    }
+    assert rows["Patch tokens converge faster"]["measured"] == "not measured yet"
+    assert rows["Patch tokens converge faster"]["verdict"] == "untested"
+
+
+@pytest.mark.parametrize("name", WORDS["statements"])
+@pytest.mark.parametrize("verdict", pages.VERDICTS)
+def test_every_verdict_has_its_words(verdicts, name, verdict):
+    claims = WORDS["statements"][name]["claims"]
+    if verdict == "equivalent" and name in ("cost", "accuracy"):
+        return  # "not worse" has no such verdict
+    table = verdicts(*(("", claim, 1.5, "mm", verdict) for claim in claims))
+    assert ("1.50" in pages.sentence(name, table)) == (verdict != "untested" and name != "cost")
+
+
+def test_the_words_ask_for_claims_of_the_plan(root):
+    plan = yaml.safe_load((root / "data" / "results" / "plan.yaml").read_text())
+    known = {claim["claim"] for claim in plan["claims"]}
+    asked = {c for s in WORDS["statements"].values() for c in s["claims"]}
+    asked |= {c for entry in WORDS["claims"] for c in entry["rows"]}
+    assert asked - known == set(WORDS["statements"]["cost"]["claims"]), "of notebook 03"
+    assert {claim["family"] for claim in plan["claims"]} <= set(pages.FAMILIES)
 
 
 def test_notebook_loses_widgets_and_progress_bars(page):
@@ -58,6 +168,6 @@ def test_committed_figures_are_complete_and_small(root):
     assert sum(f.stat().st_size for f in files) < 10_000_000
     text = html.unescape((folder / "index.html").read_text())
     for file in folder.glob("[0-9][0-9]_*.json"):
-        assert f'src="{file.stem}.png"' in text
+        assert f'src="{file.stem}.png"' in text, "write the page anew"
         assert file.with_suffix(".png").stat().st_size < 700_000
         assert file.with_suffix(".svg").exists() and file.with_suffix(".pdf").exists()

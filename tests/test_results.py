@@ -145,6 +145,14 @@ def test_few_seeds_decide_nothing_unless_the_rule_is_suspended(tmp_path):
     assert halves["verdict"].tolist() == ["confirmed", "confirmed", "untested"]
 
 
+def test_the_origin_of_the_claims_is_decided_by_few_seeds(tmp_path):
+    fill(tmp_path, seeds=range(100, 103), channel=14.0)
+    claim = PLAN["claims"][0] | {"family": "origin"}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN | {"claims": [claim]}))
+    found = results.verdicts(results.read(tmp_path), results.load_plan(tmp_path))
+    assert found["verdict"].tolist() == ["confirmed"]
+
+
 def test_the_plan_names_what_it_lacks(tmp_path):
     for change, message in (({"margin": ...}, "lacks margin"), ({"family": "x"}, "family x")):
         claim = {k: v for k, v in (PLAN["claims"][0] | change).items() if v is not ...}

@@ -2,9 +2,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
-from dreamer.runs import TrainingConfig, configure
+from dreamer.model import ModelConfig
+from dreamer.runs import TrainingConfig, configure, export_run, load_run
 
 
 def test_flat_and_sectioned_parameters():
@@ -49,3 +52,44 @@ def test_reading_a_run_does_not_load_lightning_or_the_compiler(module):
 def test_patients_named_by_numbers_are_texts():
     config = TrainingConfig(val=[1, 2], test=3)
     assert config.val == ["1", "2"] and config.test == 3
+
+
+TINY = ModelConfig(
+    backbone="compact", image_size=32, channels=16, width=4, d_model=16, num_heads=2, num_layers=1,
+    guidance=(32, 16),
+)  # fmt: skip
+
+
+def test_an_exported_run_is_half_the_size_and_predicts_the_same(untrained, tmp_path):
+    run = untrained(tmp_path / "run", TINY)
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    folder = export_run(run, tmp_path / "weights" / "patch", images)
+    sizes = [(place / "model.safetensors").stat().st_size for place in (run, folder)]
+    assert sizes[1] < 0.6 * sizes[0]
+    whole, half = load_run(run), load_run(folder)
+    still = torch.zeros(4, 6)
+    assert {value.dtype for value in half.parameters()} == {torch.float32}
+    assert (half(images, still).pose - whole(images, still).pose).abs().max() < 0.01
+    names = {"config.json", "model.safetensors", "split.json", "versions.json"}
+    assert {file.name for file in folder.iterdir()} == names
+
+
+def test_statistics_are_exported_as_they_are(untrained, tmp_path):
+    run = untrained(tmp_path / "run", TINY)
+    weights = load_file(run / "model.safetensors")
+    weights["pose_std"] = torch.full((6,), 18.180941)  # half precision: 18.1875
+    save_file(weights, run / "model.safetensors")
+    folder = export_run(run, tmp_path / "weights", torch.zeros(1, 1, 32, 32))
+    assert load_run(folder).pose_std.tolist() == weights["pose_std"].tolist()
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e9])
+def test_weights_that_half_precision_does_not_hold_are_not_exported(untrained, tmp_path, factor):
+    run = untrained(tmp_path / "run", TINY)
+    weights = load_file(run / "model.safetensors")
+    weights["head.6.weight"] *= factor
+    save_file(weights, run / "model.safetensors")
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="half precision moves a pose by"):
+        export_run(run, tmp_path / "weights", images)
+    assert not (tmp_path / "weights").exists()

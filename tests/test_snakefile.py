@@ -162,11 +162,11 @@ def test_a_changed_phantom_is_drawn_anew(root, tmp_path):
     folder = tmp_path / "data" / "phantom" / "8x6-64px"
     card = json.loads((folder / "phantom.json").read_text())
     (folder / "phantom.json").write_text(json.dumps(card | {"code": "before"}))
-    (folder / "patient_0003" / "truth.npz").write_bytes(b"of other code")
+    (folder / "patient_0000" / "truth.npz").write_bytes(b"of other code")
     (tmp_path / "Snakefile").write_text(rules.replace('code=state_of_code("phantom")', "code='x'"))
     assert jobs(draw()) == ["phantom"]
     assert json.loads((folder / "phantom.json").read_text()) == card
-    assert (folder / "patient_0003" / "truth.npz").stat().st_size > 1000
+    assert (folder / "patient_0000" / "truth.npz").stat().st_size > 1000
     assert jobs(draw()) == []
 
 

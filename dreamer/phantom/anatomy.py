@@ -61,7 +61,6 @@ FAR = 50.0  # mm, a distance at which nothing is drawn
 class Measures:
     """What is drawn of a patient, in mm but for `ejection_fraction` and `rib_angle` (degrees)."""
 
-    male: bool
     lv_diameter: float
     lv_length: float
     wall: float

@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from dreamer.phantom.sector import sector
 
 FORMAT = 2
 DRAWS = ("anatomy", "patient", "render", "sector", "trajectories")  # modules that shape the frames
+CODE = hashlib.sha256(  # their digest, as they are imported
+    "".join(Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in DRAWS).encode()
+).hexdigest()[:16]
 SCRAP = (".partial", ".part")  # endings of what an interrupted run leaves
 
 
@@ -87,11 +91,12 @@ def generate(
         vary: factors of variation by name, as shifts from each patient's own draw (`Factors`):
             `{"gain": 6}` gives the same patients, poses and phases 6 dB brighter.
         redraw: delete the patients in a folder with the same arguments that other code drew, and
-            draw them anew.
+            draw them anew. Without it such a folder is kept if three of its patients, drawn again,
+            are the same byte for byte.
 
     Raises:
         ValueError: bad arguments, or a folder that holds anything else, was begun with other
-            arguments, or was drawn by other code.
+            arguments, or holds frames that this code draws otherwise.
         OSError: too little disk.
     """
     arguments = {
@@ -114,7 +119,7 @@ def generate(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     threads = threads or (min(os.cpu_count() or 1, 16) if device.type == "cpu" else 2)
     folder = Path(folder)
-    todo = _begin(folder, arguments, redraw)
+    todo = _begin(folder, arguments, device, redraw)
     needed = 3 * size**2 * frames * len(todo)  # frames twice and truth, as measured at 112 px
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(
@@ -139,12 +144,6 @@ def _name(number: int) -> str:
     return f"patient_{number:04d}"
 
 
-def code_digest() -> str:
-    """Digest of the code that shapes the frames."""
-    texts = [Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in DRAWS]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
-
-
 def read_card(folder: str | Path, own: bool = True) -> dict | None:
     """What `phantom.json` records of a folder; None where there is none (recorded scans).
 
@@ -161,17 +160,31 @@ def read_card(folder: str | Path, own: bool = True) -> dict | None:
         raise ValueError(f"{file} is not a phantom's card; give another folder") from None
     if own and not _is_current(card):
         raise ValueError(
-            f"{folder} was drawn by other code than this phantom's; delete the folder and generate "
-            "it anew, or generate it with redraw=True (then train anew, too)"
+            f"{folder} was drawn by other code than this phantom's; call generate for it with the "
+            "same arguments, which keeps it if the frames are still the same, or with redraw=True, "
+            "which draws it anew (then train anew, too)"
         )
     return card
 
 
 def _is_current(card: dict) -> bool:
-    return (card.get("format"), card.get("code")) == (FORMAT, code_digest())
+    return (card.get("format"), card.get("code")) == (FORMAT, CODE)
 
 
-def _begin(folder: Path, arguments: dict, redraw: bool) -> list[int]:
+def _draws_the_same(folder: Path, arguments: dict, device: torch.device) -> bool:
+    """Whether three patients of a folder, drawn now, are those that lie there, byte for byte."""
+    last = arguments["patients"] - 1
+    with TemporaryDirectory() as scratch, alone():
+        for number in {0, last // 2, last}:
+            if (folder / _name(number)).is_dir():
+                _patient(Path(scratch), number, arguments, device)
+        files = [file for file in Path(scratch).rglob("*") if file.is_file()]
+        there = [folder / file.relative_to(scratch) for file in files]
+        pairs = zip(files, there, strict=True)
+        return all(b.is_file() and a.read_bytes() == b.read_bytes() for a, b in pairs)
+
+
+def _begin(folder: Path, arguments: dict, device: torch.device, redraw: bool) -> list[int]:
     """Claim the folder, or find in it what an interrupted run left to do. Returns the numbers."""
     names = {_name(n) for n in range(arguments["patients"])}
     if folder.exists() and not folder.is_dir():
@@ -191,17 +204,19 @@ def _begin(folder: Path, arguments: dict, redraw: bool) -> list[int]:
     if other or (present and not card and len(present) > len(scrap)):
         what = (other or present)[0]
         raise ValueError(f"{folder} holds something else ({what}); give an empty or new folder")
-    if not redraw:
-        read_card(folder)
-    elif card and not _is_current(card):
-        # The card goes last: a redraw that was interrupted is then taken up again.
-        scrap, present, card = sorted(present, key=file.name.__eq__), [], None
+    if card and not _is_current(card):
+        if not _draws_the_same(folder, arguments, device):
+            if not redraw:
+                read_card(folder)
+            # The card goes last: a redraw that was interrupted is then taken up again.
+            scrap, present = sorted(present, key=file.name.__eq__), []
+        card = None
     folder.mkdir(parents=True, exist_ok=True)
     for name in scrap:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not card:
-        record = {"format": FORMAT, "code": code_digest(), "arguments": arguments}
+        record = {"format": FORMAT, "code": CODE, "arguments": arguments}
         text = json.dumps(record | {"structures": list(STRUCTURES)}, indent=1) + "\n"
         write_whole(file, text.encode())
     return [n for n in range(arguments["patients"]) if _name(n) not in present]

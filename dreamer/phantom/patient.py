@@ -2,9 +2,9 @@
 
 Sizes are normal distributions, cut at two standard deviations, women / men:
 - LV end-diastolic diameter 45.0, 3.6 / 50.2, 4.1 mm; ejection fraction 64, 5 / 62, 5 %; walls 6 to
-  9 / 6 to 10 mm; RV basal diameter 33, 4, length 71, 6 mm; aortic sinus 30, 3 / 34, 3 mm: Lang et
-  al., "Recommendations for cardiac chamber quantification by echocardiography in adults" (ASE and
-  EACVI), J Am Soc Echocardiogr 2015;28:1-39, tables 2, 6, 8 and 14.
+  9 / 6 to 10 mm; RV basal diameter 33, 4, length 71, 5 mm; aortic sinus 30, 2.5 / 34, 2.5 mm:
+  Lang et al., "Recommendations for cardiac chamber quantification by echocardiography in adults"
+  (ASE and EACVI), J Am Soc Echocardiogr 2015;28:1-39, tables 2, 6, 8 and 14.
 - Mitral annular descent 12 to 15 mm; tricuspid annulus nearer to the apex by less than 8 mm per m2
   (common reference values).
 - LV length, atria, chest wall, rib spacing: within the normal range, compared with a real scan.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dreamer import poses
-from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS, Heart, Measures, Scene, unit
+from dreamer.phantom.anatomy import LABEL, TARGETS, Heart, Measures, Scene, unit
 from dreamer.phantom.sector import DEPTH
 
 FACE, STANDOFF = 9.0, 5.7  # mm: half the probe's face; a gap that the gel no longer fills
@@ -88,7 +88,6 @@ class Patient:
 
         male = bool(rng.random() < 0.5)
         drawn = Measures(
-            male=male,
             lv_diameter=normal(50.2, 4.1) if male else normal(45.0, 3.6),
             lv_length=normal(86, 4) if male else normal(80, 4),
             wall=normal(9.2, 0.8) if male else normal(8.4, 0.7),
@@ -220,24 +219,3 @@ class Patient:
         deep = (z - (self.size.skin_to_heart - 6.5)) * 1.25
         upper, lower = torch.hypot(across - gap - 0.8, deep), torch.hypot(across + gap, deep)
         return torch.minimum(upper, lower) - 5.5
-
-    def surface(self, structure: str, points: int = 2000, phase: float = 0.0) -> np.ndarray:
-        """Points [points, 3], mm in the heart frame, on a structure's border. For drawing.
-
-        Raises ValueError if the structure is unknown or bounds nothing near the heart.
-        """
-        if structure not in LABEL:
-            raise ValueError(f"structure {structure!r} is unknown; one of {', '.join(STRUCTURES)}")
-        step = 2.0
-        axes = [torch.arange(lo, hi, step) for lo, hi in ((-95, 70), (-75, 75), (-15, 150))]
-        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-        chest = torch.full_like(grid, 500.0)
-        label = self.scene(grid[None], chest[None], torch.tensor([phase]), 1).label[0]
-        inside = (label == LABEL[structure]).float()[None, None]
-        edge = (inside > 0) & (-torch.nn.functional.max_pool3d(-inside, 3, 1, 1) == 0)
-        found = grid[:, edge[0, 0]].T
-        if not len(found):
-            raise ValueError(f"structure {structure!r} has no border near the heart")
-        rng = np.random.default_rng(0)
-        chosen = rng.choice(len(found), points, replace=len(found) < points)
-        return found.numpy()[chosen] + rng.uniform(-step / 2, step / 2, (points, 3))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dreamer import poses
 from dreamer.phantom.anatomy import LABEL, STRUCTURES, TARGETS, Scene
-from dreamer.phantom.patient import Patient
+from dreamer.phantom.patient import FACE, STANDOFF, Patient
 from dreamer.phantom.sector import BANK, HALF_ANGLE, SIZES, Sector, sector
 
 CHUNK = 130_000  # samples computed at once: few enough for the cache, many enough for one call
@@ -68,7 +68,6 @@ SIDE_LOBES = -37.0  # dB, energy of the neighbouring 14 degrees
 HAZE = -56.0  # dB, reverberation clutter
 NOISE = -70.0  # dB, electronic, before the time-gain curve
 SHADOWED = 13.0  # dB lost on the way: structures behind count as shadowed
-AIR = 5.7  # mm of gel: contact is lost where the probe stands further off the skin
 GAIN = 5.5  # dB, where echoes of 0 dB would saturate
 MAPPING = 2.5  # exponent of the machine's grey map
 
@@ -211,14 +210,14 @@ def _waves(x: Tensor, y: Tensor, phases: list[float]) -> Tensor:
 def _contact(patient: Patient, to_chest: Tensor, grid: Sector) -> Tensor:
     """Share of the amplitude [N, beams] that each beam keeps at the skin and in the chest wall.
 
-    The face of the probe is 18 mm wide; contact is lost where it stands off the skin. Fat and
-    fascia, fixed to the chest, cost single beams up to some 12 dB.
+    Contact is lost where the face stands off the skin. Fat and fascia, fixed to the chest, cost
+    single beams up to some 12 dB.
     """
     face = torch.zeros(3, grid.beams, dtype=torch.float64)
-    face[0] = grid.theta.sin() / math.sin(HALF_ANGLE) * 9
+    face[0] = grid.theta.sin() / math.sin(HALF_ANGLE) * FACE
     at = torch.baddbmm(to_chest[:, :3, 3:], to_chest[:, :3, :3], face.expand(len(to_chest), 3, -1))
     gap = patient.skin(at[:, 0], at[:, 1]) - at[:, 2] + patient.factors.contact
-    contact = torch.sigmoid((AIR - gap) / 0.6)
+    contact = torch.sigmoid((STANDOFF - gap) / 0.6)
     loss = _waves(at[:, 0] * 0.8, at[:, 1] * 0.8, patient.ripples[:3].tolist())
     decibel = 2.0 * loss - 3.0 * (loss - 0.9).clamp(min=0) - 1.0
     return (contact * 10 ** (decibel.clamp(max=2) / 20)).float().to(grid.device)

@@ -9,7 +9,6 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,12 +45,6 @@ def probe_to_pixel(x, z, size: int = SIZE, depth: float = DEPTH):
     scale = size / SIZE
     mm = depth / (RADIUS * scale)
     return z / mm + (APEX[1] + 0.5) * scale - 0.5, x / mm + (APEX[0] + 0.5) * scale - 0.5
-
-
-def inside(size: int = SIZE) -> np.ndarray:
-    """Whether each pixel [size, size] lies in the sector."""
-    x, z = pixel_to_probe(*np.mgrid[:size, :size].astype(float), size)
-    return (np.hypot(x, z) <= DEPTH) & (np.abs(np.arctan2(x, z)) <= HALF_ANGLE) & (z > 0)
 
 
 class Corner(NamedTuple):

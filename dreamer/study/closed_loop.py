@@ -34,7 +34,6 @@ EDGE = torch.tensor([60.0, 60, 60, 179, 89, 179], dtype=torch.float64)  # of the
 CAUDAL = torch.tensor([0.0, 0.6, -0.8], dtype=torch.float64)  # in the heart frame
 MEMORY = 12  # frames that the filter averages
 POLICIES = ("follow", "filter", "plan")
-SAME = "follow of the planned"  # a condition: the searches of `follow` on the patients of `plan`
 CONTROLS = ("oracle", "stay", "random", "mean pose")
 
 
@@ -420,23 +419,22 @@ def measure(
     """Scores of a model's policies, one start on each patient: measure, condition (the policy),
     patient, value.
 
-    Planning costs most and uses the first `planned` patients, where SAME stands for the searches of
-    `follow`; it is left out for a model without a world model. Raises ValueError for unknown
-    policies.
+    Planning costs most and uses the first `planned` patients, on which `follow of the planned` are
+    the scores to compare with; both are left out for a model without a world model. Raises
+    ValueError for unknown policies.
     """
     config = config or NavigationConfig()
-    starts, tables = draw_starts(people, config, seed), []
+    starts, tables = draw_starts(people, config, seed), {}
     for name in policies:
         if name == "plan" and model.world is None:
             continue
         own = starts[:planned] if name == "plan" else starts
         probes = Probes(own, target, model.config.image_size, config)
-        found = search(policy(name, model, config), probes)
-        tables.append(_tidy(score(found), name, own))
-    table = pd.concat(tables, ignore_index=True)
-    first = table.loc[table["condition"] == "plan", "patient"]
-    same = table[(table["condition"] == "follow") & table["patient"].isin(first)]
-    return pd.concat([table, same.assign(condition=SAME)], ignore_index=True)
+        tables[name] = _tidy(score(search(policy(name, model, config), probes)), name, own)
+    if {"follow", "plan"} <= set(tables):
+        same = tables["follow"]["patient"].isin(tables["plan"]["patient"])
+        tables["both"] = tables["follow"][same].assign(condition="follow of the planned")
+    return pd.concat(tables.values(), ignore_index=True)
 
 
 def measure_controls(

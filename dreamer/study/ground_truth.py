@@ -23,7 +23,7 @@ from dreamer import phantom, poses
 from dreamer.attribution import encode, frames_at_once, pose_target
 from dreamer.data import Split, Transitions
 from dreamer.model import CardiacDreamer
-from dreamer.phantom.sector import DEPTH, pixel_to_probe
+from dreamer.phantom.sector import pixel_to_probe, probe_to_pixel
 from dreamer.runs import load_config, make_split
 
 NOT_HEART = ("mediastinum", "lung", "liver", "chest_wall", "ribs")
@@ -84,13 +84,10 @@ def draw(
 
 
 def unseen(
-    runs: Sequence[str | Path],
-    data: str | Path,
-    frames: int,
-    seed: int = 0,
-    patients: Mapping[str, str] | None = None,
-) -> Sample:
-    """`frames` test frames that no run was trained on, spread evenly over the test patients.
+    runs: Sequence[str | Path], data: str | Path, patients: Mapping[str, str] | None = None
+) -> tuple[Transitions, Split]:
+    """The transitions that several runs were trained on, and their split; no run has seen its test
+    part.
 
     `patients` maps scan -> patient, as in training. Raises ValueError where the runs were split in
     different ways or take different image sizes.
@@ -107,7 +104,7 @@ def unseen(
     split = make_split(found, configs[0][1])
     if split.kind != splits[0]["kind"] or set(found.patient[split.test]) != set(splits[0]["test"]):
         raise ValueError(f"data: {data} is not split as {runs[0]} was; give the data it trained on")
-    return draw(found, split.test, split, frames, seed)
+    return found, split
 
 
 def nearest(sample: Sample, count: int) -> list[int]:
@@ -141,10 +138,9 @@ class Truth(NamedTuple):
 def truth(sample: Sample) -> Truth | None:
     """The `Truth` of a sample; None where the data have none (a real scan).
 
-    Raises ValueError where other code drew the frames that are in the folder.
+    Raises ValueError where other code drew the folder.
     """
-    card = phantom.read_card(sample.folder)
-    if card is None:
+    if (card := phantom.read_card(sample.folder)) is None:
         return None
     size = card["arguments"]["size"]
     labels = torch.zeros(len(sample.images), size, size, dtype=torch.uint8)
@@ -220,15 +216,24 @@ def remove(sample: Sample, known: Truth, least: float = 0.005) -> Removed:
     return Removed(whole, found)
 
 
-def sweep(sample: Sample, axis: str, offsets: Sequence[float], number: int = 0) -> Tensor | None:
-    """Frames uint8 [K, 1, S, S] of one of the sample's patients, the probe `offsets` (mm or deg)
-    from the target plane along one axis; None where the data are not a phantom's."""
+def sweep(sample: Sample, axis: str, offsets: Sequence[float]) -> Tensor | None:
+    """Frames uint8 [K, 1, S, S] of the sample's first patient, the probe `offsets` (mm or deg) from
+    the target plane along one axis; None where the data are not a phantom's."""
     if (known := truth(sample.take(slice(1)))) is None:
         return None
     pose = torch.zeros(len(offsets), 6)
     pose[:, poses.AXES.index(axis)] = torch.tensor(list(offsets), dtype=torch.float32)
-    scan = np.unique(sample.scan)[number]
-    return _render(known.arguments, scan, pose, 0.0, sample.images.shape[-1])
+    return _render(known.arguments, sample.scan[0], pose, 0.0, sample.images.shape[-1])
+
+
+def target_plane(sample: Sample, known: Truth) -> tuple[Tensor, Tensor]:
+    """Frame and labels, uint8 [S, S], of the target plane of the sample's first patient."""
+    at = torch.zeros(6)
+    size, target = sample.images.shape[-1], known.arguments["target"]
+    frame = phantom.render(
+        _patient(known.arguments["seed"], sample.scan[0]), at, 0.0, target=target, size=size
+    )
+    return frame.image, frame.label
 
 
 class Anatomy(NamedTuple):
@@ -309,22 +314,22 @@ def relevance(grid: Tensor, shares: Tensor) -> Tensor:
 # The target plane's coordinates
 
 
-def plane_bins(pose: Tensor, size: int, inside: Tensor) -> Tensor:
-    """Which bin of the target plane each pixel shows: [N, size, size], row * BINS + column, or -1
-    where it lies outside the sector (`inside` [N, size, size]) or over REACH mm off the plane.
+def plane_bins(pose: Tensor, inside: Tensor) -> Tensor:
+    """Which bin of the target plane's frame each pixel shows: [N, S, S], row * BINS + column, or -1
+    where it lies outside the sector (`inside` [N, S, S]) or over REACH mm off the plane.
 
-    Bins are BINS x BINS of the square from the target probe's apex down to DEPTH, centred; rows
-    go down, columns to the right of the target image. `pose` [N, 6] is known, mm and degrees.
+    `pose` [N, 6] is the known one, mm and degrees; bins are BINS x BINS of the whole frame.
     """
+    size = inside.shape[-1]
     row, column = torch.meshgrid(*[torch.arange(size, dtype=torch.float32)] * 2, indexing="ij")
     x, z = pixel_to_probe(row, column, size)
-    points = torch.stack((x, torch.zeros_like(x), z, torch.ones_like(x)))  # [4, size, size]
+    points = torch.stack((x, torch.zeros_like(x), z, torch.ones_like(x)))  # [4, S, S]
     x, y, z, _ = torch.einsum("nij,jrc->inrc", poses.to_matrix(pose.float()), points)
-    across, down = ((v / DEPTH * BINS).floor().long() for v in (x + DEPTH / 2, z))
     there = inside & (y.abs() <= REACH)
-    for v in (across, down):
+    row, column = (((v + 0.5) / size * BINS).floor().long() for v in probe_to_pixel(x, z, size))
+    for v in (row, column):
         there = there & (v >= 0) & (v < BINS)
-    return torch.where(there, down * BINS + across, -1)
+    return torch.where(there, row * BINS + column, -1)
 
 
 def average_map(grid: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:

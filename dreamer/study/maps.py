@@ -74,7 +74,7 @@ def measure(
       target | group of structures]; structure_relevance [ablation | target | structure];
       average_map [method | target | row | column], whole run, in the target plane;
       shortcut_translation_mm, shortcut_rotation_deg [change of the frame].
-    - With a transformer: see `imagination`.
+    - With a transformer: see `imagination` and `attention`.
     """
     sample = ground_truth.draw(data, indices, split, frames, seed)
     sample = sample if training is None else sample._replace(training=training)
@@ -96,7 +96,7 @@ def measure(
     quick = [m for m in (*QUICK, *CONTROLS) if m not in ATTENTION or m in attends]
     tables.append(faithfulness.robust(seen.take(slice(tested)), quick, targets[0], seed=seed))
     if model.world is not None:
-        tables.append(imagination(seen, seed))
+        tables += [imagination(seen, seed), attention(seen)]
     if (known := ground_truth.truth(seen.sample)) is not None:
         tables += [
             anatomical(part, known.take(slice(scored)), grids, targets),
@@ -153,7 +153,8 @@ def by_part(
     measure: str, name: str, patient: NDArray, values: Tensor, parts: Sequence[str]
 ) -> list[pd.DataFrame]:
     """Rows of `values` [N, parts], the part last in the condition."""
-    return [rows(measure, f"{name} | {p}", patient, values[:, k]) for k, p in enumerate(parts)]
+    names = [f"{name} | {part}" if name else part for part in parts]
+    return [rows(measure, n, patient, values[:, k]) for k, n in enumerate(names)]
 
 
 def relevance(
@@ -174,7 +175,7 @@ def relevance(
     averaged = {f"ablation | {target}": grid for target, grid in grids.items()}
     if seen.model.world is not None:
         averaged["rollout | all"] = faithfulness.maps(seen, "rollout", targets)[0]
-    bins = ground_truth.plane_bins(known.pose, known.labels.shape[-1], known.labels > 0)
+    bins = ground_truth.plane_bins(known.pose, known.labels > 0)
     for name, grid in averaged.items():
         mean, count = ground_truth.average_map(grid, bins)
         row, column = np.nonzero((count >= len(grid) / 4).numpy())
@@ -257,55 +258,81 @@ def imagination(seen: View, seed: int = 0) -> pd.DataFrame:
       random]; `frame 1` is the norm of its own map, `deciding cells` compares the cells that
       decide with the cells that change.
     - action_share [axis]: of the attribution of the change to the motion's six numbers.
-    - attention_shift [rollout | action attention]: total variation distance between the grids
-      without and with the motion, [... of frames] between the grids of two frames.
-    - attention_to_action [still | motion]: the map tokens' weight on the action token, over an
-      even weight.
     """
     model, sample, features, base, _ = seen
     patient, found = sample.patient, []
     change, action = Change(model), sample.action.to(features)
-    after = attribution.encode(model, sample.after)
-    size, kept = attribution.frames_at_once(model), {"still": [], "motion": []}
-
-    def cells(values: Tensor) -> Tensor:
-        return values.norm(dim=1).cpu()
+    size = attribution.frames_at_once(model)
 
     def changed(action: Tensor) -> Tensor:
         both = zip(features.split(size), action.split(size), strict=True)
-        return torch.cat([cells(change.where(x, a)) for x, a in both])
+        return torch.cat([change.where(x, a).norm(dim=1).cpu() for x, a in both])
 
-    true, imagined = cells(after - features), changed(action)
-    with torch.enable_grad():
-        grid, numbers = imagined_change(model, features, action, base[:1])
+    after = attribution.encode(model, sample.after)
+    true, imagined = (after - features).norm(dim=1).cpu(), changed(action)
     compared = {
         "imagined": imagined,
         "wrong action": changed(action.roll(1, 0)),
-        "frame 1": cells(features),
+        "frame 1": features.norm(dim=1).cpu(),
         "random": faithfulness.control("random", sample.images, true.shape[1:], seed),
     }
     for name, values in compared.items():
         rank = faithfulness.rank_correlation(values, true)
         found.append(rows("imagined_change_rank", name, patient, rank))
+    with torch.enable_grad():
+        grid, numbers = imagined_change(model, features, action, base[:1])
     rank = faithfulness.rank_correlation(grid, imagined)
     found.append(rows("imagined_change_rank", "deciding cells", patient, rank))
     share = numbers.abs() / numbers.abs().sum(1, keepdim=True).clamp_min(1e-12)
-    found += [rows("action_share", a, patient, share[:, k]) for k, a in enumerate(poses.AXES)]
+    found += by_part("action_share", "", patient, share, poses.AXES)
+    return pd.concat(found, ignore_index=True)
 
-    grids = {(kind, state): [] for kind in ATTENTION for state in kept}
-    few = attribution.frames_at_once(model, recorded=True)
-    for x, a in zip(features.split(few), action.split(few), strict=True):
+
+# Attention
+
+
+@torch.no_grad()
+def attention(seen: View) -> pd.DataFrame:
+    """How selective attention is, and what a motion does to it.
+
+    - attention_spread [layer | head]: effective share of tokens, the exponential of the entropy of
+      a token's attention over the number of tokens, mean over the map's tokens; 1 is even.
+    - attention_to_action [still | motion]: the map tokens' weight on the action token, over an
+      even weight; mean over layers, heads and tokens.
+    - attention_shift [rollout | action attention]: total variation distance between the grids
+      without and with the motion; [... of frames]: between the grids of two frames.
+    """
+    model, sample, features, *_ = seen
+    action, tables = sample.action.to(features), []
+    grids = {(kind, state): [] for kind in ATTENTION for state in ("still", "motion")}
+    for x, a, patient in _parts(model, features, action, sample.patient):
         for state, motion in (("still", torch.zeros_like(a)), ("motion", a)):
-            weights = attribution.attention(model, x, motion)
-            kept[state].append(weights[..., 1:, 0].mean((0, 2, 3)) * weights.shape[-1])
+            weights = attribution.attention(model, x, motion)  # [layers, B, heads, N, N]
+            own = weights[..., 1:, :]  # rows of the map's tokens
+            even = own[..., 0].mean((0, 2, 3)) * own.shape[-1]
+            tables.append(rows("attention_to_action", state, patient, even.cpu()))
             for kind in ATTENTION:
-                grids[kind, state].append(attribution.on_grid(weights, x, model, kind))
-    for state, values in kept.items():
-        found.append(rows("attention_to_action", state, patient, torch.cat(values).cpu()))
+                grids[kind, state].append(attribution.on_grid(weights, x, model, kind).cpu())
+            if state == "still":
+                entropy = -(own * own.clamp_min(1e-12).log()).sum(-1).mean(-1)
+                spread = (entropy.exp() / own.shape[-1]).cpu()  # [layers, B, heads]
+                tables += [
+                    rows("attention_spread", f"{k + 1} | {h + 1}", patient, spread[k, :, h])
+                    for k in range(spread.shape[0])
+                    for h in range(spread.shape[2])
+                ]
     for kind in ATTENTION:
-        still, motion = (torch.cat(grids[kind, state]).cpu() for state in kept)
+        still, motion = (torch.cat(grids[kind, state]) for state in ("still", "motion"))
         still, motion = (g / g.sum((1, 2), keepdim=True) for g in (still, motion))
         for name, other in ((kind, motion), (f"{kind} of frames", still.roll(1, 0))):
             distance = (still - other).abs().sum((1, 2)) / 2
-            found.append(rows("attention_shift", name, patient, distance))
-    return pd.concat(found, ignore_index=True)
+            tables.append(rows("attention_shift", name, sample.patient, distance))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _parts(model: CardiacDreamer, features: Tensor, action: Tensor, patient: NDArray):
+    """Few enough frames for all attention weights at once."""
+    few = attribution.frames_at_once(model, recorded=True)
+    for start in range(0, len(features), few):
+        part = slice(start, start + few)
+        yield features[part], action[part], patient[part]

@@ -11,11 +11,10 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dreamer import phantom
 from dreamer.attribution import encode
 from dreamer.data import Transitions
 from dreamer.model import CardiacDreamer
-from dreamer.phantom import Patient
+from dreamer.phantom import Patient, read_card
 
 LEAST = 0.1  # share of a cell that a structure must fill to be in it
 PENALTIES = 10.0 ** np.arange(-3, 2.1, 0.5)  # over the mean eigenvalue
@@ -134,8 +133,8 @@ def average_precisions(score: Tensor, wanted: Tensor, patient: NDArray[np.str_])
 
 
 def card(data: Transitions) -> dict:
-    """The phantom's card; empty for other data. Raises ValueError where other code drew it."""
-    return phantom.read_card(data.folder) or {}
+    """The phantom's card; empty for other data."""
+    return read_card(data.folder) or {}
 
 
 def groups(names: NDArray[np.str_]) -> list[tuple[str, NDArray[np.int64]]]:

@@ -40,6 +40,7 @@ RECORD = {
 }
 CLAIM = {"family", "claim", "published", "measure", "unit", "first", "second", "test", "margin"}
 FEWEST_SEEDS = 8  # for a verdict on token types
+FEW_DO = {"cost", "origin"}  # families where the effect is many times the spread of seeds
 BASELINE = "mean pose"  # a condition
 
 
@@ -328,8 +329,8 @@ def verdicts(
 ) -> pd.DataFrame:
     """The verdict table (`stats.COLUMNS`), one row per claim of the plan, Holm within a family.
 
-    `seeds`: those of the plan, or a part of them. A claim on token types from fewer than `fewest`
-    seeds is inconclusive at most; a claim that was not measured is untested.
+    `seeds`: those of the plan, or a part of them. A claim from fewer than `fewest` seeds is
+    inconclusive at most, but for FEW_DO; a claim that was not measured is untested.
     """
     seeds = list(seeds or plan["seeds"])
     compared: list[stats.Comparison | None] = []
@@ -352,7 +353,8 @@ def verdicts(
             words = {name: claim[name] for name in ("family", "claim", "published", "unit")}
             words |= {"size": plan["preset"], "tokens": claim.get("tokens", "50 / 513")}
             row = stats.verdict_row(found.get(k), **words, source=claim["measure"])
-            if row["verdict"] not in ("untested", "inconclusive") and row["seeds"] < fewest:
+            few = row["seeds"] and row["seeds"] < fewest and family not in FEW_DO
+            if few and row["verdict"] != "untested":
                 row["verdict"] = "inconclusive"
             rows.append((k, row))
     rows.sort(key=lambda pair: pair[0])

@@ -20,7 +20,7 @@ from dreamer import phantom, poses
 from dreamer.files import write_whole
 from dreamer.model import CardiacDreamer
 from dreamer.phantom import trajectories
-from dreamer.phantom.generate import code_digest
+from dreamer.phantom.generate import CODE
 from dreamer.phantom.patient import REST
 from dreamer.study.closed_loop import Person, in_parts
 from dreamer.study.ground_truth import HEART
@@ -74,7 +74,7 @@ def render(
     """
     if unknown := set(change) - {"vary", "without", "phase"}:
         raise ValueError(f"change {', '.join(unknown)} is unknown; vary, without or phase")
-    key = repr((code_digest(), list(people), change, target, size, frames))
+    key = repr((CODE, list(people), change, target, size, frames))
     file = Path(cache or "", f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy")
     if cache and file.is_file():
         return torch.from_numpy(np.load(file))
