@@ -124,7 +124,7 @@ def test_a_world_model_that_ignores_its_action(scans):
     assert value(imagination.there_and_back(model, found), "return_map_error").max() < 1e-5
 
 
-def test_rollouts_by_hand(scans):
+def test_rollouts_by_hand(scans, caplog):
     data, everything, split, pose = scans
     found = imagination.rollout(World(pose), data, everything, split, steps=STEPS)
     error = value(found, "rollout_map_error")
@@ -144,8 +144,8 @@ def test_rollouts_by_hand(scans):
     idle = imagination.rollout(World(pose, 0.0), data, everything, split, steps=2)
     idle = value(idle, "rollout_map_error")
     assert idle["imagined, step 2"] == pytest.approx(idle["copy, step 2"])
-    with pytest.raises(ValueError, match="no path of 7 consecutive transitions"):
-        imagination.rollout(World(pose), data, everything, split, steps=STEPS + 1)
+    assert imagination.rollout(World(pose), data, everything, split, steps=STEPS + 1).empty
+    assert "no path of 7 consecutive transitions" in caplog.text
 
 
 def test_effective_rank_by_hand():

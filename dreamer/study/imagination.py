@@ -18,6 +18,7 @@ cells), because each backbone makes maps of its own scale. Pairs are those of in
 where the data mark such: the motions of a search give its goal away.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,8 @@ from dreamer.study.probes import (
     gaussian,
     known,
 )
+
+log = logging.getLogger(__name__)
 
 SIZES = ("small", "medium", "large")
 CANDIDATES = 8  # motions to choose from
@@ -141,7 +144,7 @@ def rollout(
     One path per patient. Every other one is walked backwards, so that paths do not all lead to the
     target. `in one step` imagines the whole motion so far at once, which separates its length from
     the number of steps. Measures rollout_map_error, rollout_translation_mm, rollout_rotation_deg.
-    Raises ValueError where no path is long enough.
+    Without rows, and with a warning, where no path is long enough.
     """
     order, rng, paths = np.sort(indices), np.random.default_rng(0), {}
     follows = data.frame_id[order[1:], 0] == data.frame_id[order[:-1], 1]
@@ -153,7 +156,8 @@ def rollout(
             pose = torch.cat((data.pose1[path], data.pose2[path[-1:]]))
             paths[patient] = (rows[::-1], pose.flip(0)) if len(paths) % 2 else (rows, pose)
     if not paths:
-        raise ValueError(f"{data.folder}: no path of {steps} consecutive transitions")
+        log.warning("%s: no path of %d consecutive transitions to imagine", data.folder, steps)
+        return _tidy([_rows("rollout_map_error", {"imagined": torch.zeros(0)}, [])])
     rows, pose = (
         np.stack([p[0] for p in paths.values()]),
         torch.stack([p[1] for p in paths.values()]),
