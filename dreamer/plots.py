@@ -132,27 +132,26 @@ def forest(
     small dots below, those of `own` (the reader's runs) diamonds.
     """
     ax = ax or plt.gca()
-    shown = [part for part in (table, each, own) if part is not None and len(part)]
-    names = list(dict.fromkeys(pd.concat(shown)[y]))
-    kinds = list(dict.fromkeys(pd.concat(shown)[hue])) if hue else [None]
-
-    def rows(given: pd.DataFrame, kind: str | None, down: float = 0.0):
-        part = given[given[hue] == kind] if hue else given
-        shift = 0.0 if y == hue else 0.22 * (kinds.index(kind) - (len(kinds) - 1) / 2)
-        return part, [names.index(name) + shift + down for name in part[y]]
-
-    for kind in kinds:
-        colour, label = COLOURS.get(kind, COLOURS["control"]), LABELS.get(kind, kind)
-        part, at = rows(table, kind)
-        arms = np.array([part[value] - part["low"], part["high"] - part[value]], float)
-        looks = {"color": colour, "label": label, "fmt": "o", "ms": 5} | style
-        ax.errorbar(part[value], at, xerr=np.nan_to_num(arms).clip(0), **looks)
-        if each is not None:
-            part, at = rows(each, kind, 0.08)
-            ax.scatter(part[value], at, s=9, color=colour, alpha=0.4, lw=0)
-        if own is not None:
-            part, at = rows(own, kind, 0.08)
-            ax.scatter(part[value], at, s=30, marker="D", fc="white", ec=colour, zorder=3)
+    layers = {"mean": table, "seed": each, "own": own}
+    every = pd.concat(
+        part.assign(layer=layer, kind=part[hue] if hue else "")
+        for layer, part in layers.items()
+        if part is not None and len(part)
+    )
+    names, kinds = (list(dict.fromkeys(every[column])) for column in (y, "kind"))
+    beside = {n: [k for k in kinds if k in set(own["kind"])] for n, own in every.groupby(y)}
+    every["at"] = np.where(every["layer"] == "mean", 0, 0.08) + [
+        names.index(n) + (y != hue) * 0.22 * (beside[n].index(k) - (len(beside[n]) - 1) / 2)
+        for n, k in zip(every[y], every["kind"], strict=True)
+    ]
+    for kind, part in every.groupby("kind", sort=False):
+        colour = COLOURS.get(kind, COLOURS["control"])
+        mean, seed, mine = (part[part["layer"] == layer] for layer in layers)
+        ax.scatter(seed[value], seed["at"], s=9, color=colour, alpha=0.4, lw=0)
+        ax.scatter(mine[value], mine["at"], s=30, marker="D", fc="white", ec=colour, zorder=3)
+        arms = np.array([mean[value] - mean["low"], mean["high"] - mean[value]], float)
+        looks = {"color": colour, "label": LABELS.get(kind, kind), "fmt": "o", "ms": 5} | style
+        ax.errorbar(mean[value], mean["at"], xerr=np.nan_to_num(arms).clip(0), **looks)
     ax.set_yticks(range(len(names)), [(AXIS_LABELS | LABELS).get(name, name) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     if zero is not None:

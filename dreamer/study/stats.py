@@ -105,12 +105,12 @@ class Comparison:
     spread: "_Spread" = field(repr=False)
 
     def words(self, unit: str) -> str:
-        """The difference for a figure's title: "0.31 mm less (95% ...)", "no difference shown"."""
-        limits = f"95% {self.low:+.2g} to {self.high:+.2g} {unit}".rstrip()
+        """The difference and its interval for a figure's title: "0.31 mm less [-0.5, -0.1]"."""
+        limits = f"[{self.low:+.2g}, {self.high:+.2g}]"
         if self.low <= 0 <= self.high:
-            return f"no difference shown ({limits})"
+            return f"no difference shown {limits}"
         sign = "less" if self.estimate < 0 else "more"
-        return " ".join([f"{abs(self.estimate):.2g}", *unit.split(), sign, f"({limits})"])
+        return " ".join([f"{abs(self.estimate):.2g}", *unit.split(), sign, limits])
 
 
 def matrix(
