@@ -229,8 +229,8 @@ def contents(
     visible_ap, shadowed_ap: average precision of a structure's cells over a patient's pairs, mean
     over the structures that occur there, and by structure (patient "", mean over patients);
     shadow_ap: of shadowed cells; contact_error: mean absolute. `exact geometry` reads a pose, not a
-    map: what the way alone would tell. Where imagined maps do not lie where encoded ones do (without
-    the feature loss) a probe cannot read them. `test`: the second frames of `found`.
+    map: what the way alone would tell. Where imagined maps do not lie where encoded ones do
+    (without the feature loss) a probe cannot read them. `test`: the second frames of `found`.
     """
     maps = {"copy": found.here, **found.maps, "see frame 2": found.there}
     readings = {"prior": of_map.prior} | {name: of_map(value) for name, value in maps.items()}
