@@ -178,7 +178,7 @@ def relevance(
     bins = ground_truth.plane_bins(known.pose, known.labels > 0)
     for name, grid in averaged.items():
         mean, count = ground_truth.average_map(grid, bins)
-        row, column = np.nonzero((count >= len(grid) / 4).numpy())
+        row, column = np.nonzero((count >= len(grid) / 8).numpy())
         for r, c in zip(row, column, strict=True):
             value = [float(mean[r, c])]
             found.append(rows("average_map", f"{name} | {r} | {c}", np.array([""]), value))
