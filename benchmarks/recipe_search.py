@@ -18,7 +18,7 @@ import yaml
 from dreamer import load_run
 from dreamer.data import Transitions
 from dreamer.runs import configure, make_split
-from dreamer.study import accuracy
+from dreamer.study import accuracy, imagination
 from dreamer.training import fit
 
 PRESET = Path(__file__).parents[1] / "notebooks" / "parameters" / "laptop.yaml"
@@ -49,14 +49,14 @@ def score(run: Path, data: Transitions) -> dict[str, float]:
     }
     if model.world is None:
         return result
-    apart = split.val[data.motion[split.val] == "independent"]
-    pairs = accuracy.imagination(model, data, apart, split)
-    means = pairs.groupby("condition")[["translation", "rotation", "feature"]].mean()
+    pairs = imagination.pairs(model, data, split.val, split, each=len(split.val))
+    tables = [imagination.imagined_maps(pairs), imagination.imagined_poses(pairs)]
+    mean = pd.concat(tables).groupby(["measure", "condition"])["value"].mean()
     for name, short in (("imagined", "imagined"), ("ignore the motion", "ignored")):
-        result[f"{short}_mm"], result[f"{short}_deg"] = means.loc[name, ["translation", "rotation"]]
-    result["map"], result["map_wrong"], result["map_copy"] = means.loc[
-        ["imagined", "wrong action", "ignore the motion"], "feature"
-    ]
+        result[f"{short}_mm"] = mean["imagined_translation_mm", name]
+        result[f"{short}_deg"] = mean["imagined_rotation_deg", name]
+    for name, short in (("imagined", "map"), ("wrong action", "map_wrong"), ("copy", "map_copy")):
+        result[short] = mean["imagined_map_error", name]
     return result
 
 

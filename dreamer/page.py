@@ -128,8 +128,9 @@ def basis(verdicts: pd.DataFrame) -> str:
     row = _claim(verdicts, WORDS["statements"]["accuracy"]["claims"][0])
     if pd.isna(row["estimate"]):
         return "The reference study is not in these tables yet: comparisons are untested."
+    trainings = "1 training" if row["seeds"] == 1 else f"{row['seeds']:.0f} trainings"
     return (
-        f"{row['seeds']:.0f} trainings of each variant, {row['patients']:.0f} unseen virtual "
+        f"{trainings} of each variant, {row['patients']:.0f} unseen virtual "
         f"patients, {row['tokens']} tokens, a small model; 95% intervals over seeds and patients."
     )
 

@@ -33,15 +33,17 @@ COLOURS = {
 }
 
 
-def _two_sided(low: str, high: str) -> LinearSegmentedColormap:
-    """Opaque at both ends, transparent in the middle, for maps over a frame."""
-    ends = [(0.0, to_rgba(low, 0.7)), (0.5, to_rgba(low, 0.0)), (0.5, to_rgba(high, 0.0))]
+def _two_sided(low: str, high: str, alpha: float) -> LinearSegmentedColormap:
+    """Transparent in the middle, for maps over a frame; `alpha`: opacity at the low end."""
+    ends = [(0.0, to_rgba(low, alpha)), (0.5, to_rgba(low, 0.0)), (0.5, to_rgba(high, 0.0))]
     ends.append((1.0, to_rgba(high, 0.7)))
     return LinearSegmentedColormap.from_list("two sided", ends)
 
 
-MORE_OR_LESS = _two_sided("#34c3ff", "#ff3b30")
-DIFFERENCE = _two_sided("#ff8c1a", "#1a8cff")  # channel, patch: brighter than COLOURS, on black
+# Most cells of a map are below its mean: there the anatomy shines through.
+MORE_OR_LESS = _two_sided("#34c3ff", "#ff3b30", 0.4)
+# Channel and patch: brighter than COLOURS, on black.
+DIFFERENCE = _two_sided("#ff8c1a", "#1a8cff", 0.7)
 LABELS = {
     "patch": "patch tokens",
     "channel": "channel tokens",
@@ -210,7 +212,7 @@ def outline(ax: Axes, labels: NDArray, structures: Sequence[int]) -> Axes:
     for number in structures:
         inside = labels == number
         if inside.any() and not inside.all():
-            ax.contour(inside, levels=[0.5], colors=COLOURS["truth"], linewidths=1.1)
+            ax.contour(inside, levels=[0.5], colors=COLOURS["truth"], linewidths=0.9)
     return ax
 
 

@@ -331,7 +331,8 @@ def robust(
                 found.append(rows("randomisation_rank", f"{name} | {stage}", patient, rank))
                 continue
             drawn, soft = both(other, method)
-            rise = complexity(drawn) / complexity(grid) - 1
+            before = complexity(grid)
+            rise = complexity(drawn) / np.where(before > 0, before, np.nan) - 1  # flat: undefined
             values = {
                 "randomisation_rank": rank_correlation(grid, drawn),
                 "randomisation_smooth_rank": rank_correlation(noisy.mean(0), soft.mean(0)),

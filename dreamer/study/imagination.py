@@ -109,8 +109,9 @@ def imagined_maps(found: Pairs, mean_map: Tensor | None = None) -> pd.DataFrame:
 
     Action dependence, (wrong - right) / (copy - right), is the ratio of the means of
     map_wrong_minus_right and map_copy_minus_right: 0 where the model ignores the action, 1 where a
-    wrong motion costs all that imagination gains over a copy. motion_mm, motion_deg: mean sizes of
-    the motions. `mean_map` [C, h, w]: of training frames.
+    wrong motion costs all that imagination gains over a copy; it means nothing where a copy is
+    nearer. motion_mm, motion_deg: mean sizes of the motions. `mean_map` [C, h, w]: of training
+    frames.
     """
     maps = found.maps | {"copy": found.here}
     if mean_map is not None:
@@ -228,7 +229,8 @@ def contents(
     visible_ap, shadowed_ap: average precision of a structure's cells over a patient's pairs, mean
     over the structures that occur there, and by structure (patient "", mean over patients);
     shadow_ap: of shadowed cells; contact_error: mean absolute. `exact geometry` reads a pose, not a
-    map: what the way alone would tell. `test`: the second frames of `found`.
+    map: what the way alone would tell. Where imagined maps do not lie where encoded ones do
+    (without the feature loss) a probe cannot read them. `test`: the second frames of `found`.
     """
     maps = {"copy": found.here, **found.maps, "see frame 2": found.there}
     readings = {"prior": of_map.prior} | {name: of_map(value) for name, value in maps.items()}
