@@ -122,7 +122,6 @@ if not int(config.get("ablations", 0)):
     NOTEBOOKS.pop("07_ablations", None)
 for interactive in ("00_import", "09_explore"):
     NOTEBOOKS.pop(interactive, None)
-STORED = sorted(str(p) for p in Path("data/results").rglob("*.*") if p.is_file())
 SPLITS = [f"-fold{fold}" for fold in FOLDS] if len(FOLDS) > 1 else [""]
 TRAINED = [
     f"{RUNS}/{variant}{split}-seed{seed}"
@@ -130,11 +129,17 @@ TRAINED = [
 ]
 
 
+def digest(files) -> str:
+    """Digest of the contents of files, as far as they exist."""
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:16]
+
+
 def state_of_code(*modules) -> str:
     """Digest of the code of modules and packages of `dreamer`."""
     folder = Path(dreamer.pipeline.__file__).parent
-    files = [f for m in modules for f in (folder / f"{m}.py", *sorted((folder / m).glob("*.py")))]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:16]
+    return digest(
+        f for m in modules for f in (folder / f"{m}.py", *sorted((folder / m).glob("*.py")))
+    )
 
 
 def state_of_data() -> str:
@@ -153,6 +158,7 @@ CODE = state_of_code(
     "phantom",
 )
 STATE = f"{CODE}-{state_of_data()}"
+STORED = digest(sorted(Path("data/results").rglob("*")))  # the reference study
 
 
 def runs(step):
@@ -202,8 +208,12 @@ def needs(step):
         NOTEBOOKS[step],
         *(DATA_READY if "data" in takes else []),
         *(trained(runs(step)) if "runs" in takes else []),
-        *(STORED if "store" in takes and step != BENCHMARK else []),
     ]
+
+
+def reads_store(step):
+    """Whether a notebook reads the reference study; the benchmark only adds to it."""
+    return "store" in known_parameters(NOTEBOOKS[step]) and step != BENCHMARK
 
 
 # One notebook: refuses unknown parameters and keeps the executed notebook. Snakemake deletes the
@@ -273,7 +283,7 @@ for step in NOTEBOOKS:
             f"{RUNS}/notebooks/{step}.ipynb",
         params:
             parameters=parameters(step),
-            state=STATE,
+            state=f"{STATE}-{STORED}" if reads_store(step) else STATE,
         threads: 1 if SMALL and step not in ALONE else 8
         resources:
             trainer=0 if SMALL and step not in ALONE else 1,

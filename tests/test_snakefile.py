@@ -58,7 +58,7 @@ def finished(root, tmp_path_factory, make_notebook):
         TRAIN,
     )
     make_notebook(books / "07_rows.ipynb", "runs = []\ndata = ''\noutput = ''", COMPARE)
-    make_notebook(books / "08_extra.ipynb", "title = 'x'", "title")
+    make_notebook(books / "08_extra.ipynb", "title = 'x'\nstore = ''", "title")
     preset(folder, "model: {epochs: 2}")
     scan = folder / "scans" / "one"
     scan.mkdir(parents=True)
@@ -120,6 +120,12 @@ def test_a_parameter_reruns_exactly_what_depends_on_it(project, text, rerun):
     preset(project, text)
     changed = make_figures(project, "--dry-run")
     assert set(jobs(changed)) - {"all"} == rerun
+
+
+def test_a_grown_store_reruns_what_reads_it(project):
+    (project / "data" / "results").mkdir()
+    (project / "data" / "results" / "run.json").write_text("{}")
+    assert set(jobs(make_figures(project, "--dry-run"))) - {"all"} == {"notebook_08_extra", "page"}
 
 
 def test_stopped_after_a_new_training_what_depends_on_it_runs_again(project):
