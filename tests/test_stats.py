@@ -165,6 +165,7 @@ def test_a_difference_in_words():
     assert stats.compare(second, first).words("").startswith("1.1 more [+")
     none = stats.compare(first, first + np.array([[1.0, -1.0, 0.0]]))
     assert none.words("deg").startswith("no difference shown [-")
+    assert stats.compare([2.0], [1.5], over="seeds").words("mm") == "0.5 mm less"  # one seed
 
 
 def test_pairing_removes_what_both_sides_share():

@@ -106,11 +106,11 @@ class Comparison:
 
     def words(self, unit: str) -> str:
         """The difference and its interval for a figure's title: "0.31 mm less [-0.5, -0.1]"."""
-        limits = f"[{self.low:+.2g}, {self.high:+.2g}]"
+        limits = f" [{self.low:+.2g}, {self.high:+.2g}]" if np.isfinite(self.low) else ""
         if self.low <= 0 <= self.high:
-            return f"no difference shown {limits}"
+            return f"no difference shown{limits}"
         sign = "less" if self.estimate < 0 else "more"
-        return " ".join([f"{abs(self.estimate):.2g}", *unit.split(), sign, limits])
+        return " ".join([f"{abs(self.estimate):.2g}", *unit.split(), sign]) + limits
 
 
 def matrix(
