@@ -63,7 +63,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--store", type=Path, default=Path("data/results"))
     parser.add_argument("--work", type=Path, default=Path("data/runs/study"), help="weights")
     parser.add_argument("--data", type=Path, default=Path("data/phantom"), help="phantom data sets")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(given: list[str] | None = None) -> int:

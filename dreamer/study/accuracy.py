@@ -17,11 +17,11 @@ from dreamer import poses
 from dreamer.data import Split, Transitions, mean_pose
 from dreamer.model import CardiacDreamer
 from dreamer.study import stats
+from dreamer.study.results import BASELINE
 
 TRUE = [f"true_{axis}" for axis in poses.AXES]
 PREDICTED = [f"predicted_{axis}" for axis in poses.AXES]
 UNITS = dict(zip(poses.AXES, poses.UNITS, strict=True)) | {"translation": "mm", "rotation": "deg"}
-BASELINE = "mean pose"
 NEAR = {"translation": (5.0, 10.0), "rotation": (15.0, 30.0)}  # limits of three distances, mm, deg
 
 
@@ -103,9 +103,7 @@ def measure(
     10 mm"). `test_data`: transitions of unseen patients to test on, all of them, in place of the
     test part of `train_data`.
     """
-    data, indices = train_data, split.test
-    if test_data is not None:
-        data, indices = test_data, np.arange(len(test_data))
+    data, indices = tested(train_data, split, test_data)
     frames = predict(model, data, indices, split)
     mean = dict(zip(PREDICTED, mean_pose(train_data.singles(split.train)[1]).tolist(), strict=True))
     true = torch.from_numpy(frames[TRUE].to_numpy())
@@ -173,6 +171,15 @@ def patients(
     starts = indices[np.diff(indices, prepend=indices[0] - 2) > 1]
     block = np.searchsorted(starts, chosen, side="right")
     return np.array([f"{p} block {b}" for p, b in zip(patient, block, strict=True)])
+
+
+def tested(
+    train_data: Transitions, split: Split, test_data: Transitions | None
+) -> tuple[Transitions, NDArray[np.int64]]:
+    """The data to test on and their transitions: all of `test_data`, or the split's test part."""
+    if test_data is None:
+        return train_data, split.test
+    return test_data, np.arange(len(test_data))
 
 
 def _frames(data: Transitions, indices: NDArray[np.int64], split: Split) -> pd.DataFrame:

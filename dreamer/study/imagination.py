@@ -310,7 +310,7 @@ def measure(
         test_data: unseen patients to test on, in place of the test part of `train_data`.
         each: pairs of every test patient.
     """
-    data, indices = _tested(train_data, split, test_data)
+    data, indices = accuracy.tested(train_data, split, test_data)
     train, val = _fitted(model, train_data, split, frames)
     found = pairs(model, data, indices, split, each)
     test = known(model, data, found.index)
@@ -345,7 +345,7 @@ def space(
     does not matter. It shows what a linear readout could use, not what the model's heads use.
     Arguments as in `measure`.
     """
-    data, indices = _tested(train_data, split, test_data)
+    data, indices = accuracy.tested(train_data, split, test_data)
     owner = accuracy.patients(data, indices, indices, split)
     drawn = _draw(data, indices, owner, each)
     patient, test = owner[drawn], known(model, data, indices[drawn])
@@ -377,15 +377,6 @@ def _draw(
     shuffled = np.random.default_rng(0).permutation(free if len(free) else len(indices))
     turn = pd.Series(shuffled).groupby(owner[shuffled]).cumcount().to_numpy()
     return np.sort(shuffled[turn < each])
-
-
-def _tested(
-    train_data: Transitions, split: Split, test_data: Transitions | None
-) -> tuple[Transitions, NDArray[np.int64]]:
-    """The data to test on and their transitions."""
-    if test_data is None:
-        return train_data, split.test
-    return test_data, np.arange(len(test_data))
 
 
 def _fitted(

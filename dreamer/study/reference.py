@@ -102,8 +102,6 @@ def run(
     known = results.families(store, name)
     model, training = configuration(wanted, changes or {})
     lacking = [f for f in families or MEASURED if f not in known]
-    if model.token_type == "none":
-        lacking = [f for f in lacking if f not in NEEDS_TOKENS]
     if not lacking:
         return "stored"
     work.mkdir(parents=True, exist_ok=True)
@@ -122,8 +120,8 @@ def _run(name, wanted, plan, store, work, data, configs, lacking, until) -> str:
     folder = phantom(data, drawn["patients"], drawn["frames"], wanted["plane"], size, drawn["seed"])
     train = Transitions(folder, size)
     curve = fit(model, training, train, work / name, lambda _: time.monotonic() > until)
-    if len(curve) < training.epochs and not training.patience:
-        return "stopped"
+    if len(curve) < training.epochs and time.monotonic() > until:
+        return "stopped"  # not by patience
     drawn = plan["test"]
     folder = phantom(data, drawn["patients"], drawn["frames"], wanted["plane"], size, drawn["seed"])
     bench = Bench(
@@ -232,4 +230,3 @@ MEASURED: dict[str, Callable[[Bench], pd.DataFrame]] = {
     "closed_loop": measure_closed_loop,
     "robustness": measure_robustness,
 }
-NEEDS_TOKENS: set[str] = set()  # families that a run without transformer lacks

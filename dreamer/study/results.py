@@ -11,6 +11,7 @@ over frames, pairs or searches; a value of the whole run has no patient.
 """
 
 import contextlib
+import gzip
 import hashlib
 import itertools
 import json
@@ -86,10 +87,8 @@ def write(
     if curve is not None:
         write_whole(folder / "curve.csv", curve.to_csv(index=False, float_format="%.5g").encode())
     if measures is not None:
-        part = folder / ".measures.csv.gz"
-        packed = {"method": "gzip", "mtime": 0}  # equal tables are equal bytes
-        measures.to_csv(part, index=False, float_format="%.5g", compression=packed)
-        part.replace(file)
+        text = measures.to_csv(index=False, float_format="%.5g")
+        write_whole(file, gzip.compress(text.encode(), mtime=0))  # equal tables are equal bytes
     return folder
 
 

@@ -24,6 +24,7 @@ from dreamer.phantom.generate import CODE
 from dreamer.phantom.patient import REST
 from dreamer.study.closed_loop import Person, in_parts
 from dreamer.study.ground_truth import HEART
+from dreamer.study.results import BASELINE
 
 CURVE = {"time_gain": 1}
 CHANGES = {  # condition -> `vary` and `without` of `phantom.render`, or a fixed `phase`
@@ -48,7 +49,6 @@ CHANGES = {  # condition -> `vary` and `without` of `phantom.render`, or a fixed
     "no heart, another time-gain curve": {"without": HEART, "vary": CURVE},
     "no ribs, no chest wall": {"without": ("ribs", "chest_wall")},
 }
-BASELINE = "mean pose"
 
 
 def plan(person: Person, frames: int, change: Mapping) -> tuple[phantom.Patient, Tensor, Tensor]:
