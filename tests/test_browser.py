@@ -221,11 +221,12 @@ def press_right(view, slider, image) -> None:
     before = image.get_attribute("src")
     readout = slider.locator(".widget-readout")
     readout.filter(has_text=re.compile(r"\d")).wait_for()  # Lab draws what came into sight
-    shown = float(readout.inner_text().replace("−", "-"))
+    # The text itself: what is being drawn again has no visible text for a moment.
+    shown = float(readout.text_content().replace("−", "-"))
     slider.locator(".noUi-handle").focus()
     for _ in range(4):
         view.keyboard.press("ArrowRight")
-    moved = "([e, x]) => Math.abs(parseFloat(e.innerText.replace('−', '-')) - x) > 1"
+    moved = "([e, x]) => Math.abs(parseFloat(e.textContent.replace('−', '-')) - x) > 1"
     view.wait_for_function(moved, arg=[readout.element_handle(), shown])
     view.wait_for_function("([e, src]) => e.src != src", arg=[image.element_handle(), before])
 
