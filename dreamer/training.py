@@ -76,6 +76,9 @@ def map_loss(predicted: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(predicted.float(), target) / variance
 
 
+POSE_TERMS = ("composed", "imagined")
+
+
 def losses(
     dream: Dream, batch: Batch, target: Tensor | None, spread: Tensor, config: TrainingConfig
 ) -> dict[str, Tensor]:
@@ -184,18 +187,48 @@ def matrix_weights(model: CardiacDreamer) -> set[nn.Parameter]:
     return {layer.weight for layer in layers if layer not in outer}
 
 
+def orthogonalise(
+    update: Tensor,
+    steps: int,
+    coefficients: list[tuple[float, float, float]],
+    eps: float = 1e-7,
+    safety_factor: float = 1.0,
+    scale_eps: bool = False,
+) -> Tensor:
+    """Muon's Newton-Schulz iterations on a matrix [m, n] or a batch of them, in float32.
+
+    timm's own run in bf16, which a CPU without bf16 emulates at a twentieth of float32's speed. The
+    iterations multiply the update by polynomials of its Gram matrix, the smaller side squared, so
+    they run on that matrix alone.
+    """
+    if scale_eps:
+        raise NotImplementedError("scale_eps is not used here")
+    x = update.mT if update.size(-2) > update.size(-1) else update
+    x = x.float() / (x.float().norm(dim=(-2, -1), keepdim=True) * safety_factor).clamp(min=eps)
+    gram, product = x @ x.mT, torch.eye(x.size(-2), device=x.device)
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
+        factor = a * torch.eye(x.size(-2), device=x.device) + b * gram + c * (gram @ gram)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x.mT if update.size(-2) > update.size(-1) else x
+
+
 def make_optimizer(model: CardiacDreamer, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW as published, or Muon (Jordan et al., 2024) with AdamW for what is no matrix."""
     # No fused=True: Lightning refuses gradient clipping with it under bf16.
     trained = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
-    from timm.optim import Muon
+    from timm.optim import muon
 
+    if not has_bf16():
+        muon.zeropower_via_newtonschulz = orthogonalise
     matrices = matrix_weights(model)
     inner = [p for p in trained if p in matrices]
     outer = [p for p in trained if p not in matrices]
-    return Muon(
+    return muon.Muon(
         # Without Nesterov momentum the fallback is AdamW, with it NAdamW.
         [{"params": inner}, {"params": outer, "use_fallback": True, "nesterov": False}],
         config.learning_rate,
@@ -219,22 +252,25 @@ class LitDreamer(pl.LightningModule):
         super().__init__()
         self.model, self.config = model, config
 
-    def terms(self, batch: Batch) -> tuple[Dream, dict[str, Tensor]]:
-        """The prediction for a batch and its loss terms."""
-        dream = self.model(batch.image1, batch.action)
-        world, target, maps = self.model.world, None, dream
-        if world is not None and self.config.feature + self.config.reconstruction > 0:
-            target = self._target(dream, batch)
-            if self.training:  # the same maps, imagined from features without gradient
-                action = batch.action / self.model.action_std
-                reconstruction, next_features, _ = world(dream.features.detach(), action)
-                maps = dream._replace(reconstruction=reconstruction, next_features=next_features)
-        return dream, losses(maps, batch, target, self.model.pose_std, self.config)
+    def terms(
+        self, batch: Batch, features: Tensor | None = None
+    ) -> tuple[Dream, dict[str, Tensor]]:
+        """The prediction for a batch and its loss terms; `features`: frame 1's map [B, C, h, w]."""
+        if features is None:
+            features = self.model.encode(batch.image1)
+        dream, target = self.model.imagine(features, batch.action), None
+        if self._learns_maps:
+            target = self._target(features, batch)
+        return dream, losses(dream, batch, target, self.model.pose_std, self.config)
+
+    @property
+    def _learns_maps(self) -> bool:
+        return self.model.world is not None and self.config.feature + self.config.reconstruction > 0
 
     @torch.no_grad()
-    def _target(self, dream: Dream, batch: Batch) -> Tensor:
+    def _target(self, features: Tensor, batch: Batch) -> Tensor:
         """The map of frame 2, without gradient; without motion it is that of frame 1."""
-        target, moved = dream.features.detach().clone(), (batch.action != 0).any(dim=1)
+        target, moved = features.detach().clone(), (batch.action != 0).any(dim=1)
         if moved.any():
             target[moved] = self.model.encode(batch.image2[moved]).to(target.dtype)
         return target
@@ -248,7 +284,11 @@ class LitDreamer(pl.LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(at).generate_state(1)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        _, terms = self.terms(batch)
+        features = self.model.encode(batch.image1)
+        # The maps' losses train the world model alone, or the backbone would learn maps that are
+        # easy to predict: they see a copy of the features, and only the poses' gradient goes on.
+        copy = features.detach().requires_grad_() if self._learns_maps else features
+        _, terms = self.terms(batch, copy)
         total = self.weighted(terms, tuple(terms))
         if not torch.isfinite(total):
             values = ", ".join(f"{name} {term:.3g}" for name, term in terms.items())
@@ -260,13 +300,18 @@ class LitDreamer(pl.LightningModule):
         each = {"train_loss": total, **{f"train_{name}": term for name, term in terms.items()}}
         each = {name: value.detach() for name, value in each.items()}
         self.log_dict(each, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-        return total
+        if copy is features:
+            return total
+        guidance = self.weighted(terms, POSE_TERMS)
+        with torch.autocast(features.device.type, enabled=False):
+            (gradient,) = torch.autograd.grad(guidance, copy, retain_graph=True)
+            return total + (features.float() * gradient.float()).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if len(batch.action) == 0:  # fewer transitions than processes in the last batch
             return
         dream, terms = self.terms(batch)
-        loss = self.weighted(terms, ("composed", "imagined"))
+        loss = self.weighted(terms, POSE_TERMS)
         values = {"val_loss": loss, **{f"val_{name}": term for name, term in terms.items()}}
         self.log_dict(values, sync_dist=True, batch_size=len(batch.action))
         # Single-frame predictions. A process whose part of the batch has none logs with weight 0:
