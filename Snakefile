@@ -34,6 +34,7 @@ COMPARE, NAVIGATE, BENCHMARK = "04_compare", "08_navigation", "03_benchmark"
 PHANTOM = {  # patients, frames of each, pixels
     "smoke": (8, 6, 64),
     "laptop": (224, 40, 112),
+    "short": (224, 40, 112),
     "reference": (224, 40, 112),
     "full": (400, 80, 224),
 }
@@ -74,7 +75,7 @@ SMOKE = {
 
 PRESET = config.get("preset", "laptop")
 PRESET_FILE = f"notebooks/parameters/{PRESET}.yaml"
-SMALL = PRESET in ("laptop", "reference", "smoke")  # a second core would make one of these a third faster
+SMALL = PRESET in ("laptop", "short", "reference", "smoke")  # a second core would make one a third faster
 ALONE = ("03_benchmark", "06_attribution", "07_ablations")
 SEEDS = range(int(config.get("seeds", 1)))
 FOLDS = range(int(config.get("folds", 1)))
