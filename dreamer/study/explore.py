@@ -96,7 +96,7 @@ class Explorer:
         if kind == "attention":
             return attribution.attention_grid(model, features)[0].numpy()
         method = IntegratedGradients(attribution.Head(model, ["rotation"]))
-        # Three steps, to follow the sliders: they correlate with 64 by 0.97 (patch), 0.99 (channel).
+        # Three steps follow the sliders: correlation with 64 steps 0.97 (patch), 0.99 (channel).
         return method.attribute(features, n_steps=3).sum(1)[0].detach().numpy()
 
     @property
