@@ -208,6 +208,22 @@ def test_means_and_differences_by_hand(tmp_path):
         results.difference(store, "rotation_deg", {**sides[0], "seed": [1]}, sides[1])
 
 
+def test_a_control_on_fewer_patients_is_compared_on_these(tmp_path):
+    score = table([2.0, 4.0, 9.0], condition="ablation", family="maps")
+    control = table([1.0, 1.0], condition="random", family="maps")
+    results.write(tmp_path, record(seed=1), pd.concat([score, control]))
+    store = results.read(tmp_path)
+    sides = ({"variant": "patch", "condition": name} for name in ("random", "ablation"))
+    found = results.difference(store, "rotation_deg", *sides)
+    assert (found.estimate, found.patients) == (2.0, 2)
+    other = control.assign(patient=["q0", "q1"], condition="elsewhere")
+    results.write(tmp_path, record(seed=1), pd.concat([score, other]))
+    store = results.read(tmp_path)
+    sides = ({"variant": "patch", "condition": name} for name in ("elsewhere", "ablation"))
+    with pytest.raises(KeyError, match="no patient on both sides"):
+        results.difference(store, "rotation_deg", *sides)
+
+
 def test_own_runs_have_the_form_of_a_store():
     fold = reference.identity("own", "patch", 0)
     one, other = table([1.0, 2.0]), table([4.0]).assign(patient="p9")

@@ -249,10 +249,11 @@ def difference(
     test: stats.Claim = "less",
 ) -> stats.Comparison:
     """Second - first of a measure (`stats.compare`), each side given by identity, `condition`,
-    `minus` and `measure` as in the plan, for the seeds that both have: a store grows one run at a
-    time. A first side with a seed of its own is a control, one value per patient.
+    `minus` and `measure` as in the plan, for the seeds and the patients that both have: a store
+    grows one run at a time, and some controls of maps are scored on fewer patients. A first side
+    with a seed of its own is a control, one value per patient.
 
-    Raises KeyError where a side is not stored or no seed is on both.
+    Raises KeyError where a side is not stored or no seed, or no patient, is on both.
     """
     one, other = (_side(store, measure, side) for side in (first, second))
     if isinstance(first.get("seed"), int):
@@ -262,6 +263,12 @@ def difference(
         if both.empty:
             raise KeyError("no seed on both sides")
         one, other = one.loc[both], other.loc[both]
+    if isinstance(other, pd.DataFrame):  # patients are its columns, and the labels of a control
+        own = one.columns if isinstance(one, pd.DataFrame) else one.index
+        patients = own.intersection(other.columns)
+        if patients.empty:
+            raise KeyError("no patient on both sides")
+        one, other = one[patients], other[patients]
     over = "seeds" if isinstance(other, pd.Series) else "both"
     return stats.compare(one, other, margin, test, over=over)
 
