@@ -173,7 +173,7 @@ def test_the_reference_is_what_the_plan_names(tmp_path):
     results.write(tmp_path, record(seed=100, preset="smoke"), table([1.0]))
     again, _ = results.reference(tmp_path)
     assert sorted(again.runs.index) == sorted(study.runs.index) and len(again.runs) == 4
-    assert len(again.measures) == len(study.measures) and plan["preset"] == "short"
+    assert len(again.measures) == len(study.measures) and plan["preset"] == "laptop"
 
 
 def test_without_runs_or_plan_the_reference_is_empty(tmp_path):
