@@ -8,6 +8,7 @@ nothing to show is left out. The README quotes the same answer:
 """
 
 import base64
+import html
 import io
 import json
 import os
@@ -230,6 +231,14 @@ def steps(notebooks: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "minutes"])
 
 
+def write_steps(file: Path, new: pd.DataFrame) -> None:
+    """Write the durations to a table; notebooks that did not run again keep theirs."""
+    if file.is_file():
+        old = pd.read_csv(file)
+        new = pd.concat([old[~old["step"].isin(new["step"])], new]).sort_values("step")
+    write_whole(file, new.to_csv(index=False).encode())
+
+
 # The page
 
 
@@ -290,8 +299,7 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
     """
     output = Path(output)
     (output / "notebooks").mkdir(parents=True, exist_ok=True)
-    steps_table = steps(notebooks)
-    write_whole(output / "00_steps.csv", steps_table.to_csv(index=False).encode())
+    write_steps(output / "00_steps.csv", steps(notebooks))
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     template = jinja2.Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     styles = {
@@ -313,7 +321,9 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
         title, body = notebook_html(file)
         page = template.render(title=title, body=body, **styles)
         write_whole(output / "notebooks" / f"{file.stem}.html", page.encode())
-        parts[place(file.stem)][3].append({"name": file.stem, "title": title})
+    for file in sorted((output / "notebooks").glob("[0-9][0-9]_*.html")):  # also of earlier calls
+        title = re.search("<title>(.*?)</title>", file.read_text(encoding="utf-8"))[1]
+        parts[place(file.stem)][3].append({"name": file.stem, "title": html.unescape(title)})
     verdicts = read_verdicts(output)
     sections = {key: _section(key, verdicts, *part) for key, part in parts.items()}
     memory = psutil.virtual_memory().total / 2**30

@@ -154,6 +154,21 @@ def test_steps_have_their_minutes(page, tmp_path):
     assert steps(tmp_path / "none").empty
 
 
+def test_notebooks_that_did_not_run_again_stay(page, tmp_path):
+    folder = page.parent
+    early = folder / "notebooks" / "01_data.html"
+    early.write_text((folder / "notebooks" / "04_compare.html").read_text())
+    pd.DataFrame({"step": ["01_data", "04_compare"], "minutes": [9.0, 8.0]}).to_csv(
+        folder / "00_steps.csv", index=False
+    )
+    text = write_page(folder, tmp_path).read_text()  # no notebook ran
+    assert 'href="notebooks/01_data.html"' in text and 'href="notebooks/04_compare.html"' in text
+    new = pd.DataFrame({"step": ["04_compare"], "minutes": [1.0]})
+    pages.write_steps(folder / "00_steps.csv", new)
+    kept = pd.read_csv(folder / "00_steps.csv")
+    assert kept.to_dict("list") == {"step": ["01_data", "04_compare"], "minutes": [9.0, 1.0]}
+
+
 def test_caption_without_figure_is_refused(page, tmp_path):
     (tmp_path / "05_lost.json").write_text(json.dumps({"caption": "c", "alt": "a"}))
     with pytest.raises(FileNotFoundError, match="05_lost"):
