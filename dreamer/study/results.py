@@ -16,12 +16,15 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 
 from dreamer.files import write_whole
 from dreamer.study import stats
@@ -45,12 +48,18 @@ FEW_DO = {"cost", "origin"}  # families where the effect is many times the sprea
 BASELINE = "mean pose"  # a condition
 
 
-class Store(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Store:
     """`runs`: a row per run, by its name; `measures` and `curves`: their rows, with `run`."""
 
     runs: pd.DataFrame
     measures: pd.DataFrame
     curves: pd.DataFrame
+
+    @cached_property
+    def places(self) -> dict[tuple[str, str], NDArray[np.intp]]:
+        """Positions in `measures` of the rows of every measure and condition."""
+        return self.measures.groupby(["measure", "condition"]).indices
 
 
 def run_name(identity: Mapping[str, Any]) -> str:
@@ -117,8 +126,8 @@ def read(store: str | Path) -> Store:
             curves.append(pd.read_csv(table).assign(run=name))
     runs = pd.DataFrame.from_dict(records, orient="index")
     runs.index.name = "run"
-    _, no_measures, no_curves = _empty()
-    return Store(runs, pd.concat(measures or [no_measures]), pd.concat(curves or [no_curves]))
+    empty = _empty()
+    return Store(runs, pd.concat(measures or [empty.measures]), pd.concat(curves or [empty.curves]))
 
 
 def reference(store: str | Path) -> tuple[Store, dict[str, Any]]:
@@ -130,7 +139,7 @@ def reference(store: str | Path) -> tuple[Store, dict[str, Any]]:
     found = read(here) if any(here.glob("*/run.json")) else _empty()
     runs = found.runs
     runs = runs[(runs["preset"] == plan["preset"]) & runs["seed"].isin(plan["seeds"])]
-    rows = (table[table["run"].isin(runs.index)] for table in found[1:])
+    rows = (table[table["run"].isin(runs.index)] for table in (found.measures, found.curves))
     return Store(runs, *rows), plan
 
 
@@ -207,8 +216,7 @@ def cells(
     for field, value in wanted.items():
         allowed = value if isinstance(value, (list, tuple, range)) else [value]
         chosen = chosen[chosen[field].isin(allowed)]
-    rows = store.measures
-    rows = rows[(rows["measure"] == measure) & (rows["condition"] == condition)]
+    rows = store.measures.iloc[store.places.get((measure, condition), [])]
     rows = rows[rows["run"].isin(chosen.index)]
     if rows.empty:
         raise KeyError(f"{measure} ({condition or 'no condition'}) is not stored for {wanted}")
