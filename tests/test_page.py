@@ -103,8 +103,8 @@ def test_the_answer_is_worded_by_the_verdicts(verdicts):
         "A forward pass with patch tokens takes 76% less time than with channel tokens, not the "
         "published 95.7%.",
         "For a single frame, patch tokens are not less accurate (−0.07 mm and +0.24 deg, patch "
-        "minus channel), and whether the transformer helps there differs by measure (−0.03 mm, "
-        "equivalent; +0.08 deg, inconclusive).",
+        "minus channel), and whether the world model improves it is settled only in part (−0.03 "
+        "mm, equivalent; +0.08 deg, inconclusive; patch minus no transformer).",
         "When a motion is imagined, patch tokens gain 0.53 mm and 0.99 deg more over ignoring the "
         "motion than channel tokens.",
     ]
