@@ -295,6 +295,7 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
 
     `output` holds figures (PNG, SVG, PDF, JSON with caption, alt text and sample size), films (GIF)
     and tables (CSV; those of verdicts see `read_verdicts`), `notebooks` the executed notebooks.
+    Notebooks of an earlier call stay on the page, with their minutes.
     Raises FileNotFoundError for a caption without its figure.
     """
     output = Path(output)

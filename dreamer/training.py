@@ -223,7 +223,7 @@ def make_optimizer(model: CardiacDreamer, config: TrainingConfig) -> torch.optim
         return torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
     from timm.optim import muon
 
-    if not has_bf16():
+    if not has_bf16():  # timm has no setting for it
         muon.zeropower_via_newtonschulz = orthogonalise
     matrices = matrix_weights(model)
     inner = [p for p in trained if p in matrices]
@@ -305,6 +305,7 @@ class LitDreamer(pl.LightningModule):
         guidance = self.weighted(terms, POSE_TERMS)
         with torch.autocast(features.device.type, enabled=False):
             (gradient,) = torch.autograd.grad(guidance, copy, retain_graph=True)
+            # The added term has the poses' gradient, which the copy has cut off.
             return total + (features.float() * gradient.float()).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -208,6 +208,18 @@ def test_means_and_differences_by_hand(tmp_path):
         results.difference(store, "rotation_deg", {**sides[0], "seed": [1]}, sides[1])
 
 
+def test_rows_are_those_of_the_usual_runs(tmp_path):
+    results.write(tmp_path, record(seed=1), table([1.0, 2.0]))
+    results.write(tmp_path, record(seed=1, plane="plax"), table([5.0]))
+    results.write(tmp_path, record("channel", 2, change="other"), table([7.0]))
+    found = results.rows(results.read(tmp_path))
+    assert found[["variant", "seed", "value"]].values.tolist() == [
+        ["patch", 1, 1.0],
+        ["patch", 1, 2.0],
+    ]
+    assert results.rows(results.own([])).empty
+
+
 def test_a_control_on_fewer_patients_is_compared_on_these(tmp_path):
     score = table([2.0, 4.0, 9.0], condition="ablation", family="maps")
     control = table([1.0, 1.0], condition="random", family="maps")

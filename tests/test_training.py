@@ -222,9 +222,19 @@ def test_muon_in_float32_is_timms_without_its_rounding(shape):
 def test_muon_runs_in_float32_without_bf16(monkeypatch):
     monkeypatch.setattr(muon, "zeropower_via_newtonschulz", muon.zeropower_via_newtonschulz)
     monkeypatch.setattr("dreamer.training.has_bf16", lambda: False)
-    layer_config, config = configure("patch", MODEL, {})[0], TrainingConfig(optimizer="muon")
-    make_optimizer(CardiacDreamer(layer_config), config)
-    assert muon.zeropower_via_newtonschulz is orthogonalise
+    shapes = []
+
+    def noted(update, *arguments, **options):
+        shapes.append(tuple(update.shape))
+        return orthogonalise(update, *arguments, **options)
+
+    monkeypatch.setattr("dreamer.training.orthogonalise", noted)
+    model = CardiacDreamer(configure("patch", MODEL, {})[0])
+    optimizer = make_optimizer(model, TrainingConfig(optimizer="muon"))
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    assert len(shapes) == len(matrix_weights(model))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():

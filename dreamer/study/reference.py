@@ -44,7 +44,7 @@ class Bench(NamedTuple):
 def identity(preset: str, variant: str, seed: int, **others: str) -> dict[str, Any]:
     """A run's identity (`results.IDENTITY`); `others`: reads, plane, change."""
     found = {"preset": preset, "variant": variant, "seed": seed}
-    return found | {"reads": "tokens", "plane": "a4c", "change": ""} | others
+    return found | results.USUAL | others
 
 
 def configuration(

@@ -46,6 +46,7 @@ CLAIM = {"family", "claim", "published", "measure", "unit", "first", "second", "
 FEWEST_SEEDS = 8  # for a verdict on token types
 FEW_DO = {"cost", "origin"}  # families where the effect is many times the spread of seeds
 BASELINE = "mean pose"  # a condition
+USUAL = {"reads": "tokens", "plane": "a4c", "change": ""}  # fields that a question leaves out
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,16 +203,22 @@ def _check_measures(table: pd.DataFrame, file: Path) -> None:
 # Reading values
 
 
+def rows(store: Store) -> pd.DataFrame:
+    """The measures of the USUAL runs of a store, with their `variant` and `seed`."""
+    usual = store.runs[(store.runs[list(USUAL)] == pd.Series(USUAL)).all(axis=1)]
+    return store.measures.join(usual[["variant", "seed"]], on="run", how="inner")
+
+
 def cells(
     store: Store, measure: str, condition: str = "", **identity: Any
 ) -> pd.DataFrame | pd.Series:
     """Values [seeds, patients] of a measure for the runs of an `identity`; by seed alone for values
     of whole runs.
 
-    Fields of IDENTITY that are not given defer to reads "tokens", plane "a4c" and no change. Raises
-    KeyError where nothing is stored, ValueError where a seed lacks patients.
+    Fields of IDENTITY that are not given defer to USUAL. Raises KeyError where nothing is stored,
+    ValueError where a seed lacks patients.
     """
-    wanted = {"reads": "tokens", "plane": "a4c", "change": ""} | identity
+    wanted = USUAL | identity
     chosen = store.runs
     for field, value in wanted.items():
         allowed = value if isinstance(value, (list, tuple, range)) else [value]
