@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -87,41 +88,50 @@ def _claim(verdicts: pd.DataFrame, claim: str) -> dict[str, Any]:
 def _number(value: float) -> str:
     if pd.isna(value):
         return ""
-    if abs(value) == float("inf"):
-        return "∞"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.3g}".replace("-", "−")
 
 
 def measured(row: Mapping[str, Any]) -> str:
-    """Estimate, unit and interval of a verdict in words; nothing where nothing was measured."""
+    """Estimate, unit and interval of a verdict in words, to two digits of the interval's width;
+    nothing where nothing was measured."""
     if pd.isna(row["estimate"]):
         return ""
-    span = f" ({_number(row['low'])} to {_number(row['high'])})" if pd.notna(row["low"]) else ""
-    return f"{_number(row['estimate'])} {row['unit']}".strip().replace(" %", "%") + span
+    values, width = [row["estimate"], row["low"], row["high"]], row["high"] - row["low"]
+    words = list(map(_number, values))
+    if 0 < width < math.inf:
+        places = max(1 - math.floor(math.log10(width)), 0)
+        words = [f"{value:,.{places}f}".replace("-", "−") for value in values]
+    span = f" ({words[1]} to {words[2]})" if words[1] else ""
+    return f"{words[0]} {row['unit']}".strip().replace(" %", "%") + span
 
 
 def sentence(name: str, verdicts: pd.DataFrame) -> str:
-    """A statement of page.yaml, worded as its verdicts allow, without its full stop."""
-    words = WORDS["statements"][name]
+    """A statement of page.yaml without its full stop: a clause for each verdict of its claims."""
+    words, clauses = WORDS["statements"][name], []
     rows = [_claim(verdicts, claim) for claim in words["claims"]]
-    kinds = {row["verdict"] for row in rows}
-    changes = [f"{row['estimate']:+.2f} {row['unit']}" for row in rows]
-    each = [f"{change}, {row['verdict']}" for change, row in zip(changes, rows, strict=True)]
-    return words[kinds.pop() if len(kinds) == 1 else "mixed"].format(
-        estimate=rows[0]["estimate"],
-        published=rows[0]["published"],
-        change=" and ".join(changes).replace("-", "−"),
-        amount=" and ".join(change[1:] for change in changes),
-        each="; ".join(each).replace("-", "−"),
-    )
+    for kind in dict.fromkeys(row["verdict"] for row in rows):
+        own = [row for row in rows if row["verdict"] == kind]
+        change = " and ".join(f"{row['estimate']:+.2f} {row['unit']}" for row in own)
+        clause = words[kind].format(
+            estimate=own[0]["estimate"],
+            times=100 / (100 - own[0]["estimate"]),
+            published=own[0]["published"],
+            change=change.replace("-", "−"),
+            amount=change.replace("+", "").replace("-", ""),
+        )
+        clauses.append(clause)
+    return words["about"] + "; ".join(clauses)
 
 
 def answer(verdicts: pd.DataFrame) -> list[str]:
     """The answer in three sentences."""
-    cost, accuracy, transformer, imagination = (
-        sentence(name, verdicts) for name in ("cost", "accuracy", "transformer", "imagination")
+    cost, accuracy, transformer, imagination, geometry = (
+        sentence(name, verdicts)
+        for name in ("cost", "accuracy", "transformer", "imagination", "geometry")
     )
-    return [f"{cost}.", f"{accuracy}, {transformer}.", f"{imagination}."]
+    return [f"{cost}.", f"{accuracy}, and {transformer}.", f"{imagination}, {geometry}."]
 
 
 def basis(verdicts: pd.DataFrame) -> str:
@@ -142,12 +152,14 @@ def claims(verdicts: pd.DataFrame) -> list[dict[str, str]]:
     for entry in WORDS["claims"]:
         rows = [_claim(verdicts, name) for name in entry["rows"]]
         found = "; ".join(filter(None, map(measured, rows)))
-        kinds = {row["verdict"] for row in rows}
-        each = ", ".join(f"{row['verdict']} ({row['unit']})" for row in rows)
+        kinds: dict[str, list[str]] = {}
+        for row in rows:
+            kinds.setdefault(row["verdict"], []).append(row["unit"])
+        each = ", ".join(f"{kind} ({', '.join(units)})" for kind, units in kinds.items())
         table.append({
             "claim": entry["claim"],
             "measured": entry["measured"].format(found) if found else "not measured yet",
-            "verdict": kinds.pop() if len(kinds) == 1 else each,
+            "verdict": each if len(kinds) > 1 else next(iter(kinds)),
         })  # fmt: skip
     return table
 
@@ -166,8 +178,8 @@ def filled(text: str, figures: str | Path) -> str:
     if notes.is_file():
         image = f"\n\n![{json.loads(notes.read_text())['alt']}]({notes.with_suffix('.png')})"
     parts = {
-        "answer": f"**{' '.join(answer(verdicts))}** {basis(verdicts)}{image}",
-        "claims": "\n".join(rows),
+        "answer": "\n".join(f"- {line}" for line in answer(verdicts)) + f"\n\n{basis(verdicts)}",
+        "claims": "\n".join(rows) + image,
         "origin": f"{sentence('origin', verdicts)}.",
         "times": "Measured: "
         + "; ".join(f"`{c['command']}` {c['minutes']} minutes on {c['machine']}" for c in took)

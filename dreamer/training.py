@@ -568,7 +568,7 @@ def fit(
     net = CardiacDreamer(model, statistics(data, split.train))
     if training.init:
         left_out = start_from(net, training.init)
-        log.warning("starts from %s, without %s", training.init, ", ".join(left_out) or "nothing")
+        log.warning("starts from %s; left out: %s", training.init, ", ".join(left_out) or "nothing")
     if model.backbone == "resnet34" or model.width % 8 == 0:
         # A fifth faster. With 4 channels in this layout oneDNN's backward pass of a strided 1x1
         # convolution corrupts the heap on AVX2 machines.

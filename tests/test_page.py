@@ -4,6 +4,7 @@ import html
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -16,7 +17,7 @@ def test_page_shows_what_the_files_contain(page):
     text = re.sub(r"\s+", " ", page.read_text())
     for word in ("A line &amp; more.", 'alt="a rising line"', "3 patients", "patch &lt;is&gt;",
                  "04 Compare: which?", "1.23", "04_long.csv", "torch", "commit",
-                 "0.1 mm (−0.15 to 0.35)", '<img src="08_search.gif"', "Verdicts: 1 confirmed",
+                 "0.10 mm (−0.15 to 0.35)", '<img src="08_search.gif"', "Verdicts: 1 confirmed",
                  "<td>0.5</td>", "<td>0.8</td>"):  # fmt: skip
         assert word in text, word
     assert "<td>99</td>" not in text, "a long table is only linked"
@@ -85,8 +86,9 @@ def test_a_table_without_its_columns_is_refused(tmp_path):
         read_verdicts(tmp_path)
 
 
-ACCURATE, NONE, GAIN = (WORDS["statements"][k]["claims"] for k in
-                        ("accuracy", "transformer", "imagination"))  # fmt: skip
+ACCURATE, NONE, GAIN, GEOMETRY = (
+    WORDS["statements"][k]["claims"] for k in ("accuracy", "transformer", "imagination", "geometry")
+)
 
 
 def test_the_answer_is_worded_by_the_verdicts(verdicts):
@@ -98,25 +100,40 @@ def test_the_answer_is_worded_by_the_verdicts(verdicts):
         ("accuracy", NONE[1], 0.08, "deg", "inconclusive"),
         ("imagination", GAIN[0], -0.526, "mm", "confirmed"),
         ("imagination", GAIN[1], -0.995, "deg", "confirmed"),
+        ("imagination", GEOMETRY[0], 0.4, "mm", "contradicted"),
+        ("imagination", GEOMETRY[1], 1.3, "deg", "contradicted"),
     )
     assert pages.answer(table) == [
-        "A forward pass with patch tokens takes 76% less time than with channel tokens, not the "
-        "published 95.7%.",
-        "For a single frame, patch tokens are not less accurate (−0.07 mm and +0.24 deg, patch "
-        "minus channel), and whether the world model improves it is settled only in part (−0.03 "
-        "mm, equivalent; +0.08 deg, inconclusive; patch minus no transformer).",
-        "When a motion is imagined, patch tokens gain 0.53 mm and 0.99 deg more over ignoring the "
-        "motion than channel tokens.",
+        "A forward pass with patch tokens takes 76% less time than with channel tokens (4.1 times "
+        "as fast), not the published 95.7%.",
+        "On a single frame, patch tokens are not less accurate (−0.07 mm and +0.24 deg, patch "
+        "minus channel), and no transformer at all is as good (within 0.03 mm); it is open "
+        "whether a world model helps (+0.08 deg against no transformer).",
+        "When a motion is imagined, patch tokens gain 0.53 mm and 0.99 deg more over ignoring it "
+        "than channel tokens, but exact geometry, which needs no imagination, is better by 0.40 mm "
+        "and 1.30 deg.",
     ]
     assert pages.basis(table).startswith("10 trainings of each variant, 200 unseen virtual")
     rows = {row["claim"]: row for row in pages.claims(table)}
     assert rows["Patch tokens take 95.7% less forward time"] == {
         "claim": "Patch tokens take 95.7% less forward time",
-        "measured": "75.7% (75.5 to 76) less time",
+        "measured": "75.70% (75.45 to 75.95) less time",
         "verdict": "contradicted",
     }
     assert rows["Patch tokens converge faster"]["measured"] == "not measured yet"
     assert rows["Patch tokens converge faster"]["verdict"] == "untested"
+
+
+def test_numbers_have_two_digits_of_the_interval():
+    def words(estimate, low, high, unit="mm"):
+        return pages.measured({"estimate": estimate, "low": low, "high": high, "unit": unit})
+
+    assert words(0.0288, -0.0185, 0.0766) == "0.029 mm (−0.018 to 0.077)"
+    assert words(-13.81, -20.2, -7.5, "deg") == "−14 deg (−20 to −8)"
+    assert words(0.5, 0.5, 0.5) == "0.5 mm (0.5 to 0.5)"  # a control without spread
+    assert words(0.5, -np.inf, np.inf) == "0.5 mm (−∞ to ∞)"
+    assert words(3.0, np.nan, np.nan, "%") == "3%"
+    assert words(np.nan, np.nan, np.nan) == ""
 
 
 @pytest.mark.parametrize("name", WORDS["statements"])

@@ -33,10 +33,10 @@ def test_marked_parts_are_filled_from_tables(tmp_path, verdicts, readme):
     took.to_csv(tmp_path / "00_commands.csv", index=False)
     parts = dict(MARKED.findall(filled(readme, tmp_path)))
     assert "patch tokens are less accurate (+0.50 mm and +1.25 deg, patch minus" in parts["answer"]
-    row = "| Patch tokens are as accurate on a single frame | error, patch minus channel: 0.5 mm "
-    assert row + "(0.25 to 0.75); 1.25 deg (1 to 1.5) | contradicted |" in parts["claims"]
+    row = "| Patch tokens are as accurate on a single frame | error, patch minus channel: 0.50 mm "
+    assert row + "(0.25 to 0.75); 1.25 deg (1.00 to 1.50) | contradicted |" in parts["claims"]
     assert parts["times"] == " Measured: `make x` 3 minutes on a clock. "
-    assert "![" not in parts["answer"]
+    assert "![" not in parts["claims"]
     (tmp_path / "10_answer.json").write_text(json.dumps({"alt": "dots"}))
     assert f"![dots]({tmp_path}/10_answer.png)" in filled(readme, tmp_path)
     with pytest.raises(ValueError, match="no place marked <!-- answer -->"):
@@ -64,7 +64,7 @@ def test_the_drawing_is_drawn_and_small(root, untrained, tmp_path):
 
 
 def test_claims_have_five_rows_and_the_readme_is_short(readme):
-    rows = [line for line in dict(MARKED.findall(readme))["claims"].splitlines() if line]
+    rows = [r for r in dict(MARKED.findall(readme))["claims"].splitlines() if r.startswith("|")]
     assert len(rows) == 2 + 5
     assert len(readme.splitlines()) <= 150
 
