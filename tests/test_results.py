@@ -247,3 +247,12 @@ def test_own_runs_have_the_form_of_a_store():
     assert results.own([]).runs.empty
     with pytest.raises(ValueError, match="patch_seed0 were tested on patient p0"):
         results.own([(fold, one), (fold, one)])
+
+
+def test_a_difference_in_words(tmp_path):
+    sides = {"variant": "channel"}, {"variant": "patch"}
+    store = results.read(fill(tmp_path / "many", channel=14.0))
+    assert results.finding(store, "rotation_deg", "deg", *sides).startswith("4 deg less [-4")
+    assert results.finding(store, "never_deg", "deg", *sides) == "not measured"
+    one = results.read(fill(tmp_path / "one", seeds=[100], channel=14.0))
+    assert results.finding(one, "rotation_deg", "deg", *sides).endswith(", one seed")

@@ -288,6 +288,17 @@ def difference(
     return stats.compare(one, other, margin, test, over=over)
 
 
+def finding(
+    store: Store, measure: str, unit: str, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> str:
+    """`difference` in words for a figure's title: "0.31 mm less [-0.5, -0.1]"."""
+    try:
+        found = difference(store, measure, first, second)
+    except KeyError:
+        return "not measured"
+    return found.words(unit) + (", one seed" if found.seeds < 2 else "")
+
+
 def _side(store: Store, measure: str, side: Mapping[str, Any]) -> pd.DataFrame | pd.Series:
     """Values of one side of a claim: its identity, `condition` and, where it is another, `measure`.
 
