@@ -251,8 +251,8 @@ def test_own_runs_have_the_form_of_a_store():
 
 def test_a_difference_in_words(tmp_path):
     sides = {"variant": "channel"}, {"variant": "patch"}
-    store = results.read(fill(tmp_path / "many", channel=14.0))
+    store = results.read(fill(tmp_path, seeds=[100], channel=14.0))
+    assert results.finding(store, "rotation_deg", "deg", *sides).endswith(", one seed")
+    store = results.read(fill(tmp_path, channel=14.0))
     assert results.finding(store, "rotation_deg", "deg", *sides).startswith("4 deg less [-4")
     assert results.finding(store, "never_deg", "deg", *sides) == "not measured"
-    one = results.read(fill(tmp_path / "one", seeds=[100], channel=14.0))
-    assert results.finding(one, "rotation_deg", "deg", *sides).endswith(", one seed")
