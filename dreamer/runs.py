@@ -126,7 +126,7 @@ def versions() -> dict[str, str]:
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    cpu = f"CPU, {torch.get_num_threads()} threads"
+    cpu = f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
     present = {d.name for d in importlib.metadata.distributions()}
     return {n: importlib.metadata.version(n) for n in VERSIONED if n in present} | {
         "python": platform.python_version(),
