@@ -89,7 +89,7 @@ def theme() -> None:
 
 def save(
     fig: Figure, output: str | Path, name: str, caption: str, alt: str, n: str | None = None
-) -> Path:
+) -> None:
     """Write a figure as `name`.png, .svg, .pdf, and .json (caption, alt text, sample size).
 
     Args:
@@ -100,7 +100,7 @@ def save(
         alt: the figure in words, for readers who cannot see it.
         n: sample size in words, for example "1464 frames of 24 patients".
 
-    Returns the path of the PNG. Raises ValueError without number, caption or alt text.
+    Raises ValueError without number, caption or alt text.
     """
     if not name[:2].isdigit() or not caption or not alt:
         raise ValueError(f"figure {name}: needs its notebook's number, a caption and an alt text")
@@ -113,7 +113,6 @@ def save(
         write_whole(folder / f"{name}.{kind}", content.getvalue())
     notes = {"caption": caption, "alt": alt, "n": n, "notebook": name[:2]}
     write_whole(folder / f"{name}.json", json.dumps(notes, indent=1).encode())
-    return folder / f"{name}.png"
 
 
 def forest(
