@@ -84,7 +84,7 @@ def test_what_is_written_is_read_and_stores_merge_by_copying(tmp_path):
 
 def test_equal_tables_are_equal_bytes_and_a_family_is_replaced(tmp_path):
     folders = [results.write(tmp_path / n, record(), table([1.0, 2.0])) for n in ("a", "b")]
-    one, other = ((folder / "measures.csv.gz").read_bytes() for folder in folders)
+    one, other = ((folder / "measures.csv.xz").read_bytes() for folder in folders)
     assert one == other
     store = tmp_path / "a"
     results.write(store, record(), table([4.0], "imagined", family="imagination"))
@@ -117,7 +117,7 @@ def test_a_renamed_folder_and_a_changed_table_are_refused_on_reading(tmp_path):
     with pytest.raises(ValueError, match="describes laptop_a4c_patch_seed3"):
         results.read(tmp_path)
     (folder / "run.json").write_text(json.dumps(content))
-    table([1.0]).drop(columns="value").to_csv(folder / "measures.csv.gz", index=False)
+    table([1.0]).drop(columns="value").to_csv(folder / "measures.csv.xz", index=False)
     with pytest.raises(ValueError, match="columns"):
         results.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="no run"):

@@ -2,7 +2,7 @@
 
     <store>/plan.yaml                   claims, measures, margins, tests and seeds, see `load_plan`
     <store>/<run>/run.json              what was trained and measured, where, and how long it took
-                 /measures.csv.gz       MEASURES, one row per value of a test patient
+                 /measures.csv.xz       MEASURES, one row per value of a test patient
                  /curve.csv             the training's metrics by epoch
 
 Stores of several machines are merged by copying the runs' folders into one. A measure is named with
@@ -11,10 +11,10 @@ over frames, pairs or searches; a value of the whole run has no patient.
 """
 
 import contextlib
-import gzip
 import hashlib
 import itertools
 import json
+import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,7 +84,7 @@ def write(
     """
     folder = Path(store) / run_name(record)
     _check_record(record, folder / "run.json")
-    file = folder / "measures.csv.gz"
+    file = folder / "measures.csv.xz"
     if measures is not None:
         measures = measures[MEASURES]
         if file.is_file():
@@ -98,7 +98,7 @@ def write(
         write_whole(folder / "curve.csv", curve.to_csv(index=False, float_format="%.5g").encode())
     if measures is not None:
         text = measures.to_csv(index=False, float_format="%.5g")
-        write_whole(file, gzip.compress(text.encode(), mtime=0))  # equal tables are equal bytes
+        write_whole(file, lzma.compress(text.encode()))  # equal tables are equal bytes
     return folder
 
 
@@ -119,7 +119,7 @@ def read(store: str | Path) -> Store:
         if name != file.parent.name:
             raise ValueError(f"{file}: describes {name}; rename the folder, or remove it")
         records[name] = record
-        if (table := file.parent / "measures.csv.gz").is_file():
+        if (table := file.parent / "measures.csv.xz").is_file():
             rows = _read_measures(table)
             _check_measures(rows, table)
             measures.append(rows.assign(run=name))
@@ -170,7 +170,7 @@ def _empty() -> Store:
 
 def families(store: str | Path, name: str) -> set[str]:
     """The families that are stored of a run, by the name of its folder."""
-    file = Path(store) / name / "measures.csv.gz"
+    file = Path(store) / name / "measures.csv.xz"
     return set(_read_measures(file)["family"]) if file.is_file() else set()
 
 
