@@ -19,6 +19,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from dreamer.files import write_whole
 
@@ -87,6 +88,15 @@ def theme() -> None:
     )
 
 
+def _smaller(png: io.BytesIO, palette: bool) -> io.BytesIO:
+    """A PNG without transparency; with a `palette` of 256 colours where it shows no frames."""
+    image, content = Image.open(png).convert("RGB"), io.BytesIO()
+    if palette:
+        image = image.quantize(256, dither=Image.Dither.NONE)
+    image.save(content, "PNG", optimize=True)
+    return content
+
+
 def save(
     fig: Figure, output: str | Path, name: str, caption: str, alt: str, n: str | None = None
 ) -> None:
@@ -110,6 +120,8 @@ def save(
     for kind, dpi in (("png", 120), ("svg", 80), ("pdf", 80)):
         content = io.BytesIO()
         fig.savefig(content, format=kind, dpi=dpi, bbox_inches="tight", metadata=undated.get(kind))
+        if kind == "png":
+            content = _smaller(content, palette=not any(ax.images for ax in fig.axes))
         write_whole(folder / f"{name}.{kind}", content.getvalue())
     notes = {"caption": caption, "alt": alt, "n": n, "notebook": name[:2]}
     write_whole(folder / f"{name}.json", json.dumps(notes, indent=1).encode())
