@@ -14,9 +14,11 @@ matplotlib.use("Agg")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny: a second thread costs more than it gains."""
+def torch_settings():
+    """One thread, since tensors are tiny; gradients whatever the test before left."""
     torch.set_num_threads(1)
+    with torch.enable_grad():  # on leaving it puts the mode back
+        yield
 
 
 @pytest.fixture(scope="session")
