@@ -42,9 +42,8 @@ def main() -> None:
         known = {"method": method, "features": features, "steps": given.steps}
         timer = Timer(call, globals=known, num_threads=torch.get_num_threads())
         seconds = timer.timeit(2).median
-        part = cost.flops(
-            config
-        )  # of a forward pass; back to the map, not to weights, as much again
+        # A pass forward, and one back to the map alone, which takes as much.
+        part = cost.flops(config)
         flop = 2 * given.steps * (sum(part.values()) - part["backbone"])
         rows.append({
             "variant": variant, "tokens": 1 + config.tokens, "steps": given.steps,
