@@ -20,6 +20,8 @@ from dreamer.training import fit
 
 PRESET = Path(__file__).parents[1] / "notebooks" / "parameters" / "full.yaml"
 
+CURVE = ["images", "val_translation_mm", "val_rotation_deg", "variant", "reads", "seed"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -39,7 +41,7 @@ def main() -> None:
             configs = configure(variant, model, preset["training"] | change, given.seed)
             curve = fit(*configs, data, given.out / f"{variant}-{reads}-seed{given.seed}")
             tables.append(curve.assign(variant=variant, reads=reads, seed=given.seed))
-    table = pd.concat(tables)
+    table = pd.concat(tables)[CURVE]
     table.round(4).to_csv(given.out / "published_reading.csv", index=False)
     last = table.groupby(["reads", "variant"])[["val_translation_mm", "val_rotation_deg"]].last()
     print(last.round(2))
