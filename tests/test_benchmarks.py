@@ -5,16 +5,12 @@ import sys
 import fine_tune
 import pandas as pd
 import pytest
-from scans import write_scan
+from scans import TINY, write_scan
 
 from dreamer.data import Transitions
 from dreamer.runs import configure
 from dreamer.training import fit
 
-MODEL = {
-    "backbone": "compact", "image_size": 32, "channels": 8, "width": 4, "d_model": 8,
-    "num_heads": 2, "num_layers": 1, "guidance": [8, 8],
-}  # fmt: skip
 TRAINING = {"epochs": 1, "steps_per_epoch": 2, "batch_size": 8, "val": 1, "test": 1}
 
 
@@ -24,7 +20,7 @@ def test_fine_tuning_is_compared_with_training_from_scratch(tmp_path, monkeypatc
     for number in range(4):
         write_scan(tmp_path / "scans", f"p{number}", seed=number)
     for variant in ("patch", "channel"):
-        configs = configure(variant, MODEL, TRAINING)
+        configs = configure(variant, TINY, TRAINING)
         fit(*configs, Transitions(tmp_path / "scans", 32), tmp_path / variant)
     given = [tmp_path / "scans", tmp_path, "--runs", tmp_path / "patch", tmp_path / "channel"]
     monkeypatch.setattr(
