@@ -106,6 +106,18 @@ def test_a_bad_name_is_refused_before_any_work(place, words, message):
         main([*command(place, "train"), *words])
 
 
+def test_a_stored_change_cannot_stand_for_other_settings(tmp_path):
+    wanted = reference.identity("smoke", "patch", 1, change="narrow")
+    words = ["--variant", "patch", "--change", "narrow", "--set", "training.epochs=1"]
+    others = {"training.epochs": 1, "model.d_model": 32}
+    kept = {field: kind() for field, kind in results.RECORD.items()} | wanted
+    results.write(tmp_path / "results", kept | {"settings": others})
+    (tmp_path / "results" / "plan.yaml").write_text(yaml.safe_dump(PLAN))
+    with pytest.raises(ValueError, match="choose another name"):
+        main(command(tmp_path, "train", *words))
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_change_needs_a_name(place, capsys):
     with pytest.raises(SystemExit):
         main([*command(place, "train"), "--set", "model.d_model=32"])

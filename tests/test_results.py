@@ -41,7 +41,7 @@ def record(variant="patch", seed=100, **fields):
     found = reference.identity("laptop", variant, seed)
     found |= {"tokens": 50, "parameters": 1, "steps": 640, "images": 20480}
     found |= {"flop": 1e12, "seconds": 200.0, "data": "d", "test": "t", "plan": "p"}
-    return found | {"precision": "fp32", "versions": {}} | fields
+    return found | {"precision": "fp32", "settings": {}, "versions": {}} | fields
 
 
 def table(values, measure="rotation_deg", condition="", family="accuracy"):
@@ -99,6 +99,8 @@ def test_equal_tables_are_equal_bytes_and_a_family_is_replaced(tmp_path):
     [
         ({"seed": "1"}, table([1.0]), "seed is '1'"),
         ({"tokens": None}, table([1.0]), "tokens is None"),
+        ({"change": "1 block"}, table([1.0]), "a change has settings"),
+        ({"settings": {"model.num_layers": 1}}, table([1.0]), "and nothing else has"),
         ({}, table([1.0], family="beauty"), "unknown family beauty"),
         ({}, table([np.nan]), "with the value nan"),
         ({}, pd.concat([table([1.0]), table([2.0])]), "p0 stands there twice"),
@@ -122,6 +124,19 @@ def test_a_renamed_folder_and_a_changed_table_are_refused_on_reading(tmp_path):
         results.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="no run"):
         results.read(tmp_path / "empty")
+
+
+def test_a_change_stands_for_the_same_settings_in_all_runs(tmp_path):
+    for seed, layers in ((1, 1), (2, 1), (3, 4)):
+        there = tmp_path if seed < 3 else tmp_path / "other"
+        settings = {"model.num_layers": layers}
+        results.write(there, record("patch", seed, change="blocks", settings=settings))
+    assert len(results.read(tmp_path).runs) == 2
+    (tmp_path / "other" / "laptop_a4c_patch_blocks_seed3").rename(
+        tmp_path / "laptop_a4c_patch_blocks_seed3"
+    )
+    with pytest.raises(ValueError, match=r"seed3: the change has the settings.*seed1"):
+        results.read(tmp_path)
 
 
 def test_verdicts_follow_the_plan(tmp_path):
@@ -211,7 +226,7 @@ def test_means_and_differences_by_hand(tmp_path):
 def test_rows_are_those_of_the_usual_runs(tmp_path):
     results.write(tmp_path, record(seed=1), table([1.0, 2.0]))
     results.write(tmp_path, record(seed=1, plane="plax"), table([5.0]))
-    results.write(tmp_path, record("channel", 2, change="other"), table([7.0]))
+    results.write(tmp_path, record("channel", 2, change="other", settings={"x": 1}), table([7.0]))
     found = results.rows(results.read(tmp_path))
     assert found[["variant", "seed", "value"]].values.tolist() == [
         ["patch", 1, 1.0],

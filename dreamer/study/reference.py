@@ -107,6 +107,7 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(work / f".{name}.lock", timeout=0):
+            wanted = {**wanted, "settings": dict(changes or {})}
             return _run(name, wanted, plan, store, work, data, (model, training), lacking, until)
     except Timeout:
         return "busy"
@@ -131,7 +132,7 @@ def _run(name, wanted, plan, store, work, data, configs, lacking, until) -> str:
     )  # fmt: skip
     bf16 = training.precision == "bf16" or (training.precision == "auto" and has_bf16())
     record = {
-        **{field: wanted[field] for field in results.IDENTITY},
+        **{field: wanted[field] for field in [*results.IDENTITY, "settings"]},
         "tokens": 1 + model.tokens,
         "parameters": sum(p.numel() for p in bench.model.parameters()),
         "steps": int(curve["step"].iloc[-1]),
