@@ -146,6 +146,31 @@ def basis(verdicts: pd.DataFrame) -> str:
     )
 
 
+def longer(figures: str | Path) -> str:
+    """What both kinds of tokens imagine after the longest training that both have, and after the
+    shortest, from notebook 04's table; "" where there are not two."""
+    file = Path(figures, "04_length.csv")
+    if not file.is_file():
+        return ""
+    rows = pd.read_csv(file).query("of == 'rotation_deg' and ratio.str.startswith('imagined')")
+    rows = rows[rows["variant"].isin(["patch", "channel"])]
+    both = rows.pivot(index="steps", columns="variant", values="estimate").dropna()
+    if len(both) < 2:
+        return ""
+    short, long = both.index[[0, -1]]
+    words = {
+        steps: " and ".join(f"{1 - both.at[steps, v]:.0%} ({v})" for v in ("patch", "channel"))
+        for steps in (short, long)
+    }
+    few = int(rows.loc[rows["steps"] == long, "seeds"].min())
+    trainings = "one training" if few == 1 else f"{few} trainings"
+    return (
+        f"Trained longer, {long:,} steps in place of {short:,} ({trainings} of each), "
+        f"rotation is imagined {words[long]} better than "
+        f"ignoring the motion, in place of {words[short]}."
+    )
+
+
 def claims(verdicts: pd.DataFrame) -> list[dict[str, str]]:
     """The claims of page.yaml: claim, what was measured, verdict."""
     table = []
@@ -177,8 +202,9 @@ def filled(text: str, figures: str | Path) -> str:
     image, notes = "", Path(figures, "10_answer.json")
     if notes.is_file():
         image = f"\n\n![{json.loads(notes.read_text())['alt']}]({notes.with_suffix('.png')})"
+    under = f"{basis(verdicts)} {longer(figures)}".strip()
     parts = {
-        "answer": "\n".join(f"- {line}" for line in answer(verdicts)) + f"\n\n{basis(verdicts)}",
+        "answer": "\n".join(f"- {line}" for line in answer(verdicts)) + f"\n\n{under}",
         "claims": "\n".join(rows) + image,
         "origin": f"{sentence('origin', verdicts)}.",
         "times": "Measured: "
@@ -343,7 +369,7 @@ def write_page(output: str | Path, notebooks: str | Path) -> Path:
     page = template.render(
         title="Patch tokens or channel tokens?",
         answer=answer(verdicts),
-        basis=basis(verdicts),
+        basis=f"{basis(verdicts)} {longer(output)}",
         claims=claims(verdicts),
         origin=sentence("origin", verdicts),
         sections={

@@ -203,3 +203,21 @@ def test_committed_figures_are_complete_and_small(root):
         assert f'src="{file.stem}.png"' in text, "write the page anew"
         assert file.with_suffix(".png").stat().st_size < 700_000
         assert file.with_suffix(".svg").exists() and file.with_suffix(".pdf").exists()
+
+
+def test_a_longer_training_stands_beside_the_answer_where_both_tokens_have_one(tmp_path):
+    assert pages.longer(tmp_path) == ""
+    rows = [
+        (steps, variant, "rotation_deg", "imagined / ignoring the motion", 1 - gain, seeds)
+        for steps, variant, gain, seeds in [
+            (320, "patch", 0.1, 14), (320, "channel", 0.03, 14), (1280, "patch", 0.26, 3),
+            (1280, "channel", 0.23, 1), (2560, "patch", 0.3, 1),
+        ]
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["steps", "variant", "of", "ratio", "estimate", "seeds"])
+    table.to_csv(tmp_path / "04_length.csv", index=False)
+    words = pages.longer(tmp_path)
+    assert words.startswith("Trained longer, 1,280 steps in place of 320 (one training of each)")
+    assert "26% (patch) and 23% (channel)" in words and "10% (patch) and 3% (channel)" in words
+    table[table["steps"] == 320].to_csv(tmp_path / "04_length.csv", index=False)
+    assert pages.longer(tmp_path) == ""
