@@ -50,7 +50,8 @@ def identity(preset: str, variant: str, seed: int, **others: str) -> dict[str, A
 def configuration(
     wanted: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> tuple[ModelConfig, TrainingConfig]:
-    """The configurations of a run: its preset with `changes`, such as training.epochs: 4.
+    """The configurations of a run: its preset with `changes`, such as training.epochs: 4; those of
+    the plan's data, such as data.patients: 1120, are no part of them.
 
     Raises ValueError naming the file or field where a preset or a field does not exist.
     """
@@ -64,8 +65,11 @@ def configuration(
         sections["model"]["reads"] = wanted["reads"]
     for name, value in changes.items():
         section, _, field = name.partition(".")
+        if name in ("data.patients", "data.frames"):
+            continue
         if section not in sections or not field:
-            raise ValueError(f"change {name!r}: use model.<field> or training.<field>")
+            known = "model.<field>, training.<field>, data.patients or data.frames"
+            raise ValueError(f"change {name!r}: use {known}")
         sections[section][field] = value
     return configure(wanted["variant"], sections["model"], sections["training"], wanted["seed"])
 
@@ -117,7 +121,9 @@ def _run(name, wanted, plan, store, work, data, configs, lacking, until) -> str:
     from dreamer.training import fit  # Lightning takes seconds to import
 
     model, training = configs
-    drawn, size = plan["data"], model.image_size
+    settings = wanted["settings"].items()
+    other = {name[5:]: value for name, value in settings if name.startswith("data.")}
+    drawn, size = plan["data"] | other, model.image_size
     folder = phantom(data, drawn["patients"], drawn["frames"], wanted["plane"], size, drawn["seed"])
     train = Transitions(folder, size)
     curve = fit(model, training, train, work / name, lambda _: time.monotonic() > until)
