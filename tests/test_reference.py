@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from dreamer.data import Transitions
 from dreamer.study import reference, results
 from dreamer.study.__main__ import main, numbers
 
@@ -116,6 +117,17 @@ def test_a_stored_change_cannot_stand_for_other_settings(tmp_path):
     with pytest.raises(ValueError, match="choose another name"):
         main(command(tmp_path, "train", *words))
     assert not (tmp_path / "work").exists()
+
+
+def test_a_change_can_draw_other_training_patients(place):
+    words = ["--change", "more patients", "--set", "data.patients=9", "training.epochs=1"]
+    measures = ["--variant", "none", "--families", "convergence"]
+    assert main([*command(place, "train"), *words, *measures]) == 0
+    store = results.records(place / "results")
+    run = store["smoke_a4c_none_more-patients_seed1"]
+    assert run["settings"] == {"data.patients": 9, "training.epochs": 1}
+    [drawn] = (place / "phantom").glob("a4c-9x6-*seed0")
+    assert run["data"] == Transitions(drawn, 32).digest
 
 
 def test_a_change_needs_a_name(place, capsys):

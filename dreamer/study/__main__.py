@@ -49,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="the deviation itself: training.learning_rate=0.002 model.d_model=64 data.patients=1120",
+        help="the deviation itself: training.epochs=2 model.d_model=64 data.patients=1120",
     )
     parser.add_argument(
         "--families",
