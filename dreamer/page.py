@@ -162,10 +162,10 @@ def longer(figures: str | Path) -> str:
         steps: " and ".join(f"{1 - both.at[steps, v]:.0%} ({v})" for v in ("patch", "channel"))
         for steps in (short, long)
     }
-    few = int(rows.loc[rows["steps"] == long, "seeds"].min())
-    trainings = "one training" if few == 1 else f"{few} trainings"
+    seeds = rows[rows["steps"] == long].set_index("variant")["seeds"]
     return (
-        f"Trained longer, {long:,} steps in place of {short:,} ({trainings} of each), "
+        f"Trained longer, {long:,} steps in place of {short:,} (trainings: {seeds['patch']:.0f} "
+        f"patch, {seeds['channel']:.0f} channel), "
         f"rotation is imagined {words[long]} better than "
         f"ignoring the motion, in place of {words[short]}."
     )

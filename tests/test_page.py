@@ -217,7 +217,7 @@ def test_a_longer_training_stands_beside_the_answer_where_both_tokens_have_one(t
     table = pd.DataFrame(rows, columns=["steps", "variant", "of", "ratio", "estimate", "seeds"])
     table.to_csv(tmp_path / "04_length.csv", index=False)
     words = pages.longer(tmp_path)
-    assert words.startswith("Trained longer, 1,280 steps in place of 320 (one training of each)")
+    assert words.startswith("Trained longer, 1,280 steps in place of 320 (trainings: 3 patch, 1 ch")
     assert "26% (patch) and 23% (channel)" in words and "10% (patch) and 3% (channel)" in words
     table[table["steps"] == 320].to_csv(tmp_path / "04_length.csv", index=False)
     assert pages.longer(tmp_path) == ""
