@@ -165,8 +165,7 @@ def longer(figures: str | Path) -> str:
     seeds = rows[rows["steps"] == long].set_index("variant")["seeds"]
     return (
         f"Trained longer, {long:,} steps in place of {short:,} (trainings: {seeds['patch']:.0f} "
-        f"patch, {seeds['channel']:.0f} channel), "
-        f"rotation is imagined {words[long]} better than "
+        f"patch, {seeds['channel']:.0f} channel), rotation is imagined {words[long]} better than "
         f"ignoring the motion, in place of {words[short]}."
     )
 

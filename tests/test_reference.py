@@ -100,6 +100,8 @@ def test_a_run_of_another_process_is_passed_over(place):
         (["--preset", "huge"], "no such preset"),
         (["--change", "wide", "--set", "model.wings=2"], "wings"),
         (["--change", "wide", "--set", "width=2"], "use model.<field>"),
+        (["--change", "more", "--set", "data.patients=many"], "'many' is not a number"),
+        (["--change", "more", "--set", "data.frames=0"], "0 is not a number from 1"),
     ],
 )
 def test_a_bad_name_is_refused_before_any_work(place, words, message):

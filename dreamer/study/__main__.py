@@ -86,10 +86,10 @@ def main(given: list[str] | None = None) -> int:
         for seed in options.seeds or plan["seeds"]
         for variant in options.variant
     ]
-    there = results.records(options.store).values()
     for one in wanted:  # a bad name or field is refused before any work
         reference.configuration(one, changes)
-        results.check_settings([*there, {**one, "settings": changes}])
+    stored = results.records(options.store).values()
+    results.check_settings([*stored, *({**one, "settings": changes} for one in wanted)])
     if options.command == "train":
         folders = (options.store, options.work, options.data)
         for one in wanted:

@@ -66,6 +66,8 @@ def configuration(
     for name, value in changes.items():
         section, _, field = name.partition(".")
         if name in ("data.patients", "data.frames"):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"change {name!r}: {value!r} is not a number from 1")
             continue
         if section not in sections or not field:
             known = "model.<field>, training.<field>, data.patients or data.frames"

@@ -111,10 +111,10 @@ def records(store: str | Path) -> dict[str, dict[str, Any]]:
     for file in sorted(Path(store).glob("*/run.json")):
         record = json.loads(file.read_text())
         _check_record(record, file)
-        if run_name(record) != file.parent.name:
-            name = run_name(record)
+        name = run_name(record)
+        if name != file.parent.name:
             raise ValueError(f"{file}: describes {name}; rename the folder, or remove it")
-        found[file.parent.name] = record
+        found[name] = record
     return found
 
 
