@@ -82,7 +82,7 @@ def smoke(tmp_path_factory):
     (project / "data").mkdir()
     (project / "data" / "results").symlink_to(ROOT / "data" / "results")
     command = [sys.executable, "-m", "dreamer.pipeline", "figures", "preset=smoke", "ablations=1"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return project / "data" / "runs" / "smoke"
 

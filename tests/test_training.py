@@ -2,6 +2,7 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import time
@@ -310,16 +311,23 @@ def test_a_finished_run_is_not_trained_again(folder, tmp_path):
     assert digest(tmp_path / "run") == before
 
 
+def run_apart(folder, run_folder, cache, optimizer):
+    """A training in a process of its own, which shares no settings with this one."""
+    os.environ["DREAMER_CACHE"] = str(cache)
+    torch.set_num_threads(1)
+    run(folder, run_folder, "channel", epochs=6, optimizer=optimizer)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_and_resumed_equals_undisturbed(folder, tmp_path, optimizer):
-    fork = multiprocessing.get_context("fork")  # the libraries are loaded: a process in no time
+    # Forked from a server that has only imported the libraries: a process forked from this one,
+    # which has threads, can wait for ever for a lock that one of them held.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["dreamer.training"])
 
     def start(where):
-        process = fork.Process(
-            target=run,
-            args=(folder, tmp_path / where, "channel"),
-            kwargs={"epochs": 6, "optimizer": optimizer},
-        )
+        arguments = (folder, tmp_path / where, tmp_path / "cache", optimizer)
+        process = server.Process(target=run_apart, args=arguments, daemon=True)
         process.start()
         return process
 
@@ -330,12 +338,12 @@ def test_killed_and_resumed_equals_undisturbed(folder, tmp_path, optimizer):
         while process.is_alive() and not (table.is_file() and len(pd.read_csv(table)) >= epochs):
             time.sleep(0.002)
         process.kill()
-        process.join()
+        process.join(60)
         assert process.exitcode == -signal.SIGKILL
     assert len(pd.read_csv(table)) < 6
     last = start("cut")
     for process in (whole, last):
-        process.join()
+        process.join(300)
         assert process.exitcode == 0
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     tables = [pd.read_csv(tmp_path / r / "metrics.csv") for r in ("whole", "cut")]
