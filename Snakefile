@@ -261,11 +261,20 @@ rule train:
         state=STATE,
         folder=lambda wildcards: f"{RUNS}/{wildcards.run}",
     threads: 1 if SMALL else 8
+    wildcard_constraints:
+        run="(?!channel).*",
     priority: 2  # the long ones first: short ones fill the cores at the end
     resources:
         trainer=0 if SMALL else 1,
     shell:
         RUN + " --run {params.folder:q} {params.state}" + DONE
+
+
+# Ten times as many tokens take longest, and everything else waits for them.
+use rule train as train_channel with:
+    wildcard_constraints:
+        run="channel.*",
+    priority: 3
 
 
 for step in NOTEBOOKS:
