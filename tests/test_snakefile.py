@@ -160,6 +160,18 @@ def test_another_plane_has_its_own_data_and_runs(finished):
     assert ast.literal_eval(planes) == tuple(TARGETS)
 
 
+def test_the_cluster_profile_names_rules_that_exist_and_trains_on_a_gpu(root):
+    profile = yaml.safe_load((root / "profiles" / "slurm" / "config.yaml").read_text())
+    rules = set(
+        re.findall(r"^ *(?:use )?rule (?:\w+ as )?(\w+)", (root / "Snakefile").read_text(), re.M)
+    )
+    rules |= {f"notebook_{book.stem}" for book in (root / "notebooks").glob("[0-9]*.ipynb")}
+    asked = profile["set-resources"]
+    assert set(asked) <= rules
+    assert {name for name in rules if name.startswith("train")} == {"train", "train_channel"}
+    assert asked["train"] == asked["train_channel"] and asked["train"]["gpu"] == 1
+
+
 def test_a_changed_phantom_is_drawn_anew(root, tmp_path):
     """The folder of the smoke preset, its own patients only."""
     rules = (root / "Snakefile").read_text()
