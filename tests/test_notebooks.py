@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -114,3 +115,19 @@ def test_one_seed_decides_nothing_about_the_variants(smoke):
     for number in ("04", "08"):
         compared = pd.read_csv(smoke / "figures" / f"{number}_verdicts.csv")
         assert set(compared["verdict"]) == {"untested"}
+
+
+@pytest.mark.slow
+def test_costs_are_measured_where_the_processor_has_no_bf16(tmp_path):
+    shapes = dict(backbone="compact", image_size=32, channels=16, width=4, d_model=16, num_heads=2,
+                  num_layers=1, guidance=[32, 16])  # fmt: skip
+    given = dict(batch_sizes=[1], repeats=1, processes=1, image_sizes=[32], shapes=shapes)
+    book = ROOT / "notebooks" / "03_benchmark.ipynb"
+    command = [sys.executable, "-m", "dreamer.pipeline", str(book), "--executed"]
+    command += [str(tmp_path / "03.ipynb"), "-y", json.dumps(given | {"output": str(tmp_path)})]
+    avx2 = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(command, env=avx2, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "This machine has no bf16" in (tmp_path / "03.ipynb").read_text()
+    table = (tmp_path / "03_benchmark.csv").read_text()
+    assert "fast" in table and "bf16" not in table
