@@ -25,7 +25,9 @@ from dreamer.model import CardiacDreamer, ModelConfig
 
 log = logging.getLogger(__name__)
 
-ROUNDING = 0.1  # mm and degrees that a pose may move when weights are kept in half precision
+ROUNDING = 0.1  # mm and degrees that a pose may move when weights are rounded to be shared
+LARGE = 1_000_000  # weights from which a convolution is shared in 8 bit, with a scale per kernel
+SCALE = ".scale"
 VERSIONED = ("torch", "torchvision", "pytorch-lightning", "captum", "numpy", "roma")
 
 
@@ -146,6 +148,15 @@ def load_config(folder: str | Path) -> tuple[ModelConfig, TrainingConfig]:
     return ModelConfig(**config["model"]), TrainingConfig(**config["training"])
 
 
+def _read(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A run's weights, with those in 8 bit multiplied by their scales."""
+    scales = {name: scale for name, scale in weights.items() if name.endswith(SCALE)}
+    weights = {name: value for name, value in weights.items() if name not in scales}
+    for name, scale in scales.items():
+        weights[name.removesuffix(SCALE)] = weights[name.removesuffix(SCALE)] * scale.float()
+    return weights
+
+
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacDreamer:
     """The model of a run, in evaluation mode, with its best weights.
 
@@ -158,7 +169,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacD
         raise FileNotFoundError(f"{file}: missing; has the run finished its first epoch?")
     model = CardiacDreamer(config.model_copy(update={"weights": "none"}))
     try:
-        model.load_state_dict(load_file(file))
+        model.load_state_dict(_read(load_file(file)))
     except RuntimeError as error:
         raise ValueError(f"{file}: does not fit {folder}/config.json: {error}") from error
     return model.eval().to(device)
@@ -168,6 +179,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> CardiacD
 def export_run(run: str | Path, folder: str | Path, images: Tensor) -> Path:
     """Copy a run to `folder` with weights in half precision, to be shared; returns the folder.
 
+    Convolutions of LARGE or more weights are kept in 8 bit, with a scale for each kernel.
     `load_run` reads it like any run, in single precision again. The statistics are not rounded.
     Raises ValueError, and writes nothing, where a predicted pose of the frames `images`
     [B, 1, S, S] moves by more than ROUNDING.
@@ -178,10 +190,14 @@ def export_run(run: str | Path, folder: str | Path, images: Tensor) -> Path:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and name not in Statistics._fields:
             rounded[name] = value.half()
-    model.load_state_dict(rounded)
+        if value.ndim == 4 and value.numel() >= LARGE:
+            largest = value.abs().amax(dim=(2, 3), keepdim=True)
+            rounded[name + SCALE] = scale = (largest / 127).clamp(min=1e-7).half()
+            rounded[name] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    model.load_state_dict(_read(rounded))
     moved = (model(images, still).pose - before).abs().max().item()
     if not moved <= ROUNDING:
-        raise ValueError(f"{run}: half precision moves a pose by {moved:.3g} mm or degrees")
+        raise ValueError(f"{run}: rounding moves a pose by {moved:.3g} mm or degrees")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "split.json", "versions.json"):
@@ -199,7 +215,7 @@ def start_from(model: CardiacDreamer, folder: str | Path) -> list[str]:
     file = Path(folder) / "model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"training.init: {file} is missing; give the folder of a run")
-    given, own = load_file(file), model.state_dict()
+    given, own = _read(load_file(file)), model.state_dict()
     fits = {
         name: value
         for name, value in given.items()

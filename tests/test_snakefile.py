@@ -341,7 +341,7 @@ def test_real_trainings_killed_and_started_again_end_the_same(root, start, tmp_p
     again = make_figures(projects[1])
     assert again.returncode == 0, again.stderr[-3000:]
     assert whole.wait(400) == 0
-    for variant in ("patch-seed0", "channel-seed0"):
+    for variant in ("patch-seed0", "channel-seed0", "none-seed0"):
         for name in (f"tables/{variant}/02_accuracy.csv", f"{variant}/metrics.csv"):
             tables = [pd.read_csv(run / name) for run in runs]
             tables = [t.drop(columns=["seconds", "waiting_share"], errors="ignore") for t in tables]
